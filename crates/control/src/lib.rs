@@ -1,0 +1,1 @@
+//! Floor of `control` (contract being written).

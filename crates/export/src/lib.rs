@@ -1,0 +1,1 @@
+//! Floor of `export` (contract being written).

@@ -1,0 +1,1 @@
+//! Floor of `image` (contract being written).

@@ -1,0 +1,1 @@
+//! Floor of `job` (contract being written).

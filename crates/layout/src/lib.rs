@@ -1,0 +1,8 @@
+//! On-disk structures of every image format, and the newtyped addresses everything above speaks.
+//!
+//! Nothing here does I/O, and nothing allocates from a length that was not bounded first.
+#![forbid(unsafe_code)]
+
+pub mod addr;
+
+pub use addr::{GuestOffset, GuestRange, HostOffset, HostRange};

@@ -1,0 +1,25 @@
+//! One thread's executor and reactor. Floor 1: it knows files, sockets, timers and memory, not what a disk is.
+//!
+//! A [`Ring`] runs `!Send` futures on the thread that made it. Inside [`Ring::block_on`] the free functions of this crate
+//! ([`spawn`], [`sleep`], [`now`], [`unblock`]) and the operations of [`File`] find the running ring by thread-local.
+//!
+//! Three back ends share this one interface: io_uring; a small thread pool where io_uring is refused; and [`sim::Sim`], a
+//! deterministic executor with a seeded order and a virtual clock for tests (it has timers and tasks, no files).
+//!
+//! **Operations are never cancelled.** Dropping an operation's future gives up the result, not the operation: the ring
+//! keeps the buffer and the descriptor alive until the kernel has answered. Shutting down drains.
+
+pub mod iov;
+pub mod sync;
+
+mod executor;
+mod file;
+mod inbox;
+pub mod sim;
+mod time;
+
+pub use executor::{Backend, Config, JoinHandle, Ring, Shard, spawn, unblock, yield_now};
+pub use file::{AllocateMode, Events, File};
+pub use inbox::{Closed, Handle, Reply};
+pub use iov::Iov;
+pub use time::{Instant, now, sleep, sleep_until, timeout};

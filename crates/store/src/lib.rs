@@ -1,0 +1,1 @@
+//! Floor of `store` (contract being written).
