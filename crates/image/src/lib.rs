@@ -1,1 +1,150 @@
-//! Floor of `image` (contract being written).
+//! Image formats. Floor 3: an image turns guest ranges into host ranges and publishes changes to its tables; it never moves
+//! guest data itself.
+//!
+//! # Resolve → payload → complete
+//! * A **read** asks [`Image::lookup`] (and [`Image::load`] when the tables are not in memory) and moves the bytes itself.
+//! * A **write** to an allocated range writes where `lookup` says. A write to an unallocated range takes a
+//!   [`Reservation`] (space nobody sees), writes payload *and* copy-on-write fill there, and then links it: from then on it is
+//!   visible in memory. It becomes durable with the next [`Image::commit`].
+//! * Dropping a reservation gives the space back.
+//!
+//! # One publish order, in every format
+//! reserve → data → visible in memory → refcounts (where the format has them) → barrier → mapping → barrier → pointer to the
+//! mapping. [`Image::commit`] writes exactly those table entries that were linked when it began, after a barrier that covers
+//! their data. After a failed metadata write or barrier the image is poisoned.
+//!
+//! # One owner
+//! An image lives on one shard. Everything that is not `async` is atomic: [`Image::lookup`], [`Reservation::link`].
+#![forbid(unsafe_code)]
+
+pub mod backing;
+pub mod check;
+pub mod create;
+pub mod error;
+pub mod open;
+pub mod probe;
+pub mod qed;
+pub mod raw;
+pub mod reservation;
+
+pub use backing::BackingRef;
+pub use check::{CheckReport, Repair};
+pub use error::{Error, ErrorKind, Result};
+pub use open::{OpenOptions, open};
+pub use probe::Format;
+pub use reservation::{Keep, Linked, Purpose, Reservation};
+
+use futures_util::future::LocalBoxFuture;
+use layout::{GuestRange, HostOffset};
+use std::rc::Rc;
+use store::Store;
+
+/// What an operation of an [`Image`] returns.
+pub type ImageFuture<'a, T> = LocalBoxFuture<'a, Result<T>>;
+
+/// What one image (not its backing file) says about a run of the guest's bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Mapping {
+    /// The bytes are in [`Image::store`] from this offset on.
+    Data(HostOffset),
+    /// The image says these are zeros, whatever lies below.
+    Zero,
+    /// The image says nothing: what lies below shows through, zeros if there is nothing below.
+    Unallocated,
+}
+
+/// The first run of a range, all mapped alike (contiguous in the store, where it is data).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Mapped {
+    /// Length in bytes, at least 1, at most what was asked for. As long as the tables in memory tell.
+    pub len: u64,
+    /// How.
+    pub mapping: Mapping,
+}
+
+/// What `info` shows of an image beyond what the trait's other methods say.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct ImageInfo {
+    /// Allocation unit in bytes; `None` where the format has none.
+    pub cluster_size: Option<u64>,
+    /// The image was not closed cleanly (QED's need-check, QCOW2's dirty bit).
+    pub dirty: bool,
+    /// Things a user should know that are no error.
+    pub warnings: Vec<String>,
+}
+
+/// A disk image: tables that say where the guest's bytes are.
+///
+/// Ranges given must lie within `0..size` (rounded up to whole clusters for [`Image::reserve`] and [`Image::write_zeroes`]).
+/// Out-of-range requests are [`ErrorKind::InvalidArgument`], never a panic. Dropping a future is safe: what it had begun
+/// ends or is undone.
+pub trait Image: 'static {
+    /// Which format.
+    fn format(&self) -> Format;
+
+    /// Where its bytes are. Payload goes there directly.
+    fn store(&self) -> &Rc<dyn Store>;
+
+    /// The size the guest sees, in bytes.
+    fn size(&self) -> u64;
+
+    /// Allocation unit in bytes (a power of two): what [`Image::reserve`] hands out multiples of. 1 for raw.
+    fn cluster_size(&self) -> u64;
+
+    /// Whether writes are refused.
+    fn read_only(&self) -> bool;
+
+    /// What the header says lies below, if anything.
+    fn backing(&self) -> Option<BackingRef>;
+
+    /// What `info` shows.
+    fn info(&self) -> ImageInfo;
+
+    /// The first run of `range` (not empty), from tables in memory; `None` when they must be [`Image::load`]ed first. Never
+    /// blocks, never evicts. For raw it is always data: holes are the affair of [`Store::extent`].
+    fn lookup(&self, range: GuestRange) -> Result<Option<Mapped>>;
+
+    /// Brings the tables into memory that `lookup` needs for the start of `range`. Single-flight. A caller alternates
+    /// `lookup` and `load` until it has an answer; a loaded table stays at least until the caller's next await.
+    fn load(&self, range: GuestRange) -> ImageFuture<'_, ()>;
+
+    /// Reserves what is needed to make the start of `range` allocated (or, with [`Purpose::Zero`], an explicit zero): whole
+    /// clusters, contiguous in guest and host, from the cluster that holds `range`'s start. May cover less than asked
+    /// (at least one cluster): ask again for the rest. Loads and pins the tables, so that [`Reservation::link`] needs no
+    /// await. What the clusters map to *now* does not matter here; `link` decides.
+    fn reserve(&self, range: GuestRange, purpose: Purpose) -> ImageFuture<'_, Reservation>;
+
+    /// Makes whole clusters (`range` is cluster-aligned; its end may be the image's size instead) read as zeros, whatever lies
+    /// below. The caller holds the range exclusively: no write or link of its own is in flight there. What was allocated
+    /// is zeroed in place or unlinked, as suits the format; `unmap` allows giving space back. Where `masked` is false
+    /// nothing below shows through anyway, and unallocated clusters are left alone.
+    fn write_zeroes(&self, range: GuestRange, unmap: bool, masked: bool) -> ImageFuture<'_, ()>;
+
+    /// Whether [`Image::commit`] has table changes to write. A completed write to a range that was allocated all along
+    /// is durable after [`Store::flush`] alone when this is false.
+    fn is_dirty(&self) -> bool;
+
+    /// Makes durable what was completed when it was called: payload, tables, pointers, in publish order. Calls may
+    /// overlap; they are carried out one after the other, and one may serve several callers.
+    fn commit(&self) -> ImageFuture<'_, ()>;
+
+    /// Commits and, if nothing is in flight, marks the image as clean (QED: clears need-check). Called when idle.
+    fn settle(&self) -> ImageFuture<'_, ()>;
+
+    /// Changes the size the guest sees. Growing only, unless the format says otherwise; durable when it returns. New bytes
+    /// are unallocated (the disk sees to it that nothing below shows through there).
+    fn resize(&self, size: u64) -> ImageFuture<'_, ()>;
+
+    /// Publishes a new backing reference: everything durable → header → barrier. The caller sees to it that the guest's
+    /// view does not change. Durable when it returns.
+    fn set_backing(&self, backing: Option<BackingRef>) -> ImageFuture<'_, ()>;
+
+    /// Checks the tables against the specification and, as asked, repairs. Nothing else is in flight. Progress is a fraction.
+    fn check(&self, repair: Repair) -> ImageFuture<'_, CheckReport>;
+
+    /// The cause, once the image refuses writes after a failed metadata write or barrier.
+    fn poisoned(&self) -> Option<Error>;
+
+    /// Settles (unless read-only or poisoned), gives up preallocated space and closes the store. Nothing is in flight.
+    fn close(&self) -> ImageFuture<'_, ()>;
+}

@@ -1,0 +1,1 @@
+//! QED, the QEMU Enhanced Disk format.

@@ -1,0 +1,1 @@
+//! Raw: the guest's bytes as they are.
