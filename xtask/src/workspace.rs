@@ -75,9 +75,9 @@ impl Workspace {
         })
     }
 
-    /// Where downloaded and unpacked test peers are kept.
+    /// Where downloaded and unpacked test peers are kept; several target directories may share one by `HEADWATER_PEERS`.
     pub(crate) fn peers(&self) -> PathBuf {
-        self.target.join("peers")
+        std::env::var_os("HEADWATER_PEERS").map_or_else(|| self.target.join("peers"), PathBuf::from)
     }
 
     /// The release binary the end-to-end tests and the bench drive.

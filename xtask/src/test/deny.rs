@@ -34,11 +34,10 @@ pub(super) fn run(workspace: &Workspace) -> Outcome {
 
 /// Outlives the target directory, so that a clean checkout need not build it again.
 fn tools() -> PathBuf {
-    let cache = std::env::var_os("XDG_CACHE_HOME")
-        .map(PathBuf::from)
-        .unwrap_or_else(|| {
-            PathBuf::from(std::env::var_os("HOME").unwrap_or_default()).join(".cache")
-        });
+    let cache = std::env::var_os("XDG_CACHE_HOME").map_or_else(
+        || PathBuf::from(std::env::var_os("HOME").unwrap_or_default()).join(".cache"),
+        PathBuf::from,
+    );
     cache
         .join("headwater")
         .join(format!("cargo-deny-{VERSION}"))
