@@ -1,1 +1,22 @@
-//! Floor of `job` (contract being written).
+//! Long work on a disk. Floor 5: a job knows [`disk::Disk`] and nothing below it.
+//!
+//! [`Jobs`] is a shard's register of jobs; [`stream`] is the one kind there is so far. The state machine and its names are those
+//! that QMP documents (`JobStatus`).
+//!
+//! # Invariants
+//! * `completed` with success is emitted only after the backing reference is dropped or rewritten *durably*.
+//! * An ignored error never lets the backing reference go: the job then ends with that error and the chain stays.
+//! * Progress counts only what must be copied and never runs backwards.
+//! * Cancelling keeps what has arrived, and is quick: nothing new is issued, what is in flight is awaited.
+#![forbid(unsafe_code)]
+
+pub mod event;
+pub mod pace;
+pub mod registry;
+pub mod state;
+pub mod stream;
+
+pub use event::{ErrorAction, Event, Events};
+pub use registry::{JobError, JobErrorKind, JobInfo, Jobs};
+pub use state::{IoStatus, Status, Verb};
+pub use stream::{OnError, StreamOptions};

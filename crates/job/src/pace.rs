@@ -1,0 +1,1 @@
+//! Speed limits: a token bucket on copied bytes.
