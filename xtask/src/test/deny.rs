@@ -6,7 +6,7 @@ use std::path::PathBuf;
 
 use crate::workspace::{Outcome, Workspace, find_program, in_ci};
 
-const VERSION: &str = "0.19.0";
+const VERSION: &str = "0.20.2";
 
 pub(super) fn run(workspace: &Workspace) -> Outcome {
     let program = match find_program("cargo-deny").or_else(cached) {
