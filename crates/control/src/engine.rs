@@ -1,0 +1,234 @@
+//! The engine: shards, which device lives on which, and the stream of events. `Send`, cheap to clone; every block
+//! operation it offers is a closure that runs on the device's own shard.
+
+use crate::{Device, DiskSpec, Failure, ShardState};
+use export::nbd::Address;
+use job::Event;
+use ring::{Handle, Shard};
+use std::future::Future;
+use std::io;
+use std::path::PathBuf;
+use std::rc::Rc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{SystemTime, UNIX_EPOCH};
+use tokio::sync::{mpsc, watch};
+
+/// Events that may wait for one subscriber; one that lets more pile up is cut off rather than served with gaps.
+const EVENTS_WAITING: usize = 4096;
+
+/// How to start.
+#[derive(Clone, Debug)]
+pub struct EngineConfig {
+    /// Shard threads, at least 1.
+    pub shards: usize,
+    /// Each shard's ring.
+    pub ring: ring::Config,
+}
+
+impl Default for EngineConfig {
+    fn default() -> Self {
+        Self { shards: 1, ring: ring::Config::default() }
+    }
+}
+
+/// An event and when it happened (since the epoch, as QMP's `timestamp`).
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Stamped {
+    /// Whole seconds.
+    pub seconds: u64,
+    /// And microseconds.
+    pub microseconds: u32,
+    /// What.
+    pub event: Event,
+}
+
+/// A running Headwater.
+#[derive(Clone)]
+pub struct Engine {
+    inner: Arc<Inner>,
+}
+
+struct Inner {
+    handles: Vec<Handle>,
+    shards: Mutex<Vec<Shard>>,
+    /// Device name and shard index, in the order they came.
+    placed: Mutex<Vec<(String, usize)>>,
+    subscribers: Arc<Mutex<Vec<mpsc::Sender<Stamped>>>>,
+    quit: watch::Sender<bool>,
+}
+
+fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    // Plain data, valid at every step: a panic elsewhere leaves nothing half done in it.
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Engine {
+    /// Starts the shard threads.
+    pub fn start(config: &EngineConfig) -> io::Result<Self> {
+        let subscribers: Arc<Mutex<Vec<mpsc::Sender<Stamped>>>> = Arc::default();
+        let mut shards = Vec::new();
+        for index in 0..config.shards.max(1) {
+            let shard = Shard::start(&format!("shard-{index}"), config.ring.clone())?;
+            let subscribers = subscribers.clone();
+            shard
+                .handle()
+                .post(move || ShardState::install(Rc::new(move |event| publish(&subscribers, event))))
+                .map_err(io::Error::other)?;
+            shards.push(shard);
+        }
+        let handles = shards.iter().map(|shard| shard.handle().clone()).collect();
+        Ok(Self {
+            inner: Arc::new(Inner {
+                handles,
+                shards: Mutex::new(shards),
+                placed: Mutex::default(),
+                subscribers,
+                quit: watch::Sender::new(false),
+            }),
+        })
+    }
+
+    /// Opens a disk on the shard that has the fewest. [`Failure`] if the name is taken.
+    pub async fn add_disk(&self, spec: DiskSpec) -> Result<(), Failure> {
+        let name = spec.name.clone();
+        let index = {
+            let mut placed = locked(&self.inner.placed);
+            if placed.iter().any(|(taken, _)| *taken == name) {
+                return Err(Failure::generic(format!("Device name '{name}' is taken; give each disk its own (--device NAME=FILE)")));
+            }
+            let load = |index: usize| placed.iter().filter(|(_, at)| *at == index).count();
+            let index = (0..self.inner.handles.len()).min_by_key(|index| load(*index)).unwrap_or(0);
+            placed.push((name.clone(), index));
+            index
+        };
+        let added = self.run(index, |state| async move { state.add_disk(spec).await.map(drop) }).await;
+        if added.is_err() {
+            locked(&self.inner.placed).retain(|(placed, _)| *placed != name);
+        }
+        added
+    }
+
+    /// Offers devices (all on one shard) at an NBD address; returns the address in use.
+    pub async fn serve_nbd(&self, address: Address, devices: Vec<String>) -> Result<Address, Failure> {
+        let mut at = None;
+        for device in &devices {
+            let index = self.shard_of(device)?;
+            if *at.get_or_insert(index) != index {
+                return Err(Failure::generic("Disks behind one NBD address must share a shard; serve with --shards 1"));
+            }
+        }
+        self.run(at.unwrap_or(0), move |state| async move { state.start_nbd(address, &devices).await }).await
+    }
+
+    /// Offers a device to a vhost-user front end.
+    pub async fn serve_vhost_user(&self, device: &str, socket: PathBuf, queues: u16) -> Result<(), Failure> {
+        let index = self.shard_of(device)?;
+        let device = device.to_owned();
+        self.run(index, move |state| async move { state.start_vhost_user(&device, socket, queues).await }).await
+    }
+
+    /// Device names, in the order they came.
+    pub fn devices(&self) -> Vec<String> {
+        locked(&self.inner.placed).iter().map(|(name, _)| name.clone()).collect()
+    }
+
+    /// Runs `work` where `device` lives, with the shard's state (its jobs among them).
+    pub async fn on_device<T, F>(
+        &self,
+        device: &str,
+        work: impl FnOnce(Rc<Device>, Rc<ShardState>) -> F + Send + 'static,
+    ) -> Result<T, Failure>
+    where
+        T: Send + 'static,
+        F: Future<Output = Result<T, Failure>> + 'static,
+    {
+        let index = self.shard_of(device)?;
+        let name = device.to_owned();
+        self.run(index, move |state| async move {
+            let device = state.device(&name).ok_or_else(|| Failure::no_device(&name))?;
+            work(device, state).await
+        })
+        .await
+    }
+
+    /// Runs `work` on every shard; answers come in shard order.
+    pub async fn on_every_shard<T, F>(
+        &self,
+        work: impl Fn(Rc<ShardState>) -> F + Send + Clone + 'static,
+    ) -> Result<Vec<T>, Failure>
+    where
+        T: Send + 'static,
+        F: Future<Output = Result<T, Failure>> + 'static,
+    {
+        let mut answers = Vec::new();
+        for index in 0..self.inner.handles.len() {
+            let work = work.clone();
+            answers.push(self.run(index, move |state| work(state)).await?);
+        }
+        Ok(answers)
+    }
+
+    /// Events from now on. A subscriber that lets thousands pile up is cut off: its channel ends.
+    pub fn subscribe(&self) -> mpsc::Receiver<Stamped> {
+        let (sender, receiver) = mpsc::channel(EVENTS_WAITING);
+        locked(&self.inner.subscribers).push(sender);
+        receiver
+    }
+
+    /// Asks the process to end (QMP's `quit`).
+    pub fn request_quit(&self) {
+        self.inner.quit.send_replace(true);
+    }
+
+    /// Waits until somebody has asked the process to end.
+    pub async fn quit_requested(&self) {
+        let mut quit = self.inner.quit.subscribe();
+        // The sender lives in `self`, so this cannot end early.
+        let _ = quit.wait_for(|asked| *asked).await;
+    }
+
+    /// Ends exports, jobs and disks, then the shards. The first failure is reported; everything is closed all the same.
+    pub async fn shut_down(&self) -> Result<(), Failure> {
+        let mut outcome = Ok(());
+        for index in 0..self.inner.handles.len() {
+            let ended = self.run(index, |state| async move { state.shut_down().await }).await;
+            outcome = outcome.and(ended);
+        }
+        locked(&self.inner.placed).clear();
+        let shards = std::mem::take(&mut *locked(&self.inner.shards));
+        for shard in shards {
+            shard.stop();
+        }
+        locked(&self.inner.subscribers).clear();
+        outcome
+    }
+
+    fn shard_of(&self, device: &str) -> Result<usize, Failure> {
+        locked(&self.inner.placed)
+            .iter()
+            .find_map(|(name, index)| (name == device).then_some(*index))
+            .ok_or_else(|| Failure::no_device(device))
+    }
+
+    async fn run<T, F>(&self, index: usize, work: impl FnOnce(Rc<ShardState>) -> F + Send + 'static) -> Result<T, Failure>
+    where
+        T: Send + 'static,
+        F: Future<Output = Result<T, Failure>> + 'static,
+    {
+        self.inner.handles[index]
+            .call(move || async move {
+                match ShardState::current() {
+                    Some(state) => work(state).await,
+                    None => Err(Failure::from(ring::Closed)),
+                }
+            })
+            .await?
+    }
+}
+
+/// Stamps an event and hands it to every subscriber; one whose channel is full or gone is dropped.
+fn publish(subscribers: &Mutex<Vec<mpsc::Sender<Stamped>>>, event: Event) {
+    let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    let stamped = Stamped { seconds: since.as_secs(), microseconds: since.subsec_micros(), event };
+    locked(subscribers).retain(|subscriber| subscriber.try_send(stamped.clone()).is_ok());
+}

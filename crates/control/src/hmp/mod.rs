@@ -1,0 +1,1 @@
+//! HMP: the monitor for people.

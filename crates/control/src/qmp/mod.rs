@@ -1,0 +1,1 @@
+//! QMP: the machine monitor protocol, JSON over a unix socket.

@@ -1,0 +1,169 @@
+//! What lives on one shard: devices, their jobs, their exports. Reached only by closures that run there.
+
+use crate::{DiskSpec, Failure};
+use disk::chain::{ChainOptions, FileOpener, Opener, open_chain};
+use disk::{Disk, DiskOptions};
+use export::nbd::{Address, NbdExport, NbdServer};
+use export::vhost_user::{VhostUserExport, VhostUserServer};
+use futures_util::future::LocalBoxFuture;
+use job::{Events, Jobs};
+use std::cell::RefCell;
+use std::path::PathBuf;
+use std::rc::Rc;
+use std::time::Duration;
+use store::Store;
+use store::file::OpenOptions;
+
+thread_local! {
+    static STATE: RefCell<Option<Rc<ShardState>>> = const { RefCell::new(None) };
+}
+
+/// A disk as operators know it.
+pub struct Device {
+    /// What was asked for.
+    pub spec: DiskSpec,
+    /// The disk.
+    pub disk: Rc<Disk>,
+}
+
+/// One shard's devices, jobs and exports.
+pub struct ShardState {
+    devices: RefCell<Vec<Rc<Device>>>,
+    jobs: Rc<Jobs>,
+    nbd: RefCell<Vec<Rc<NbdServer>>>,
+    vhost_user: RefCell<Vec<(String, Rc<VhostUserServer>)>>,
+}
+
+impl ShardState {
+    /// Sets this thread's state up; once, before anything else runs here.
+    pub(crate) fn install(events: Events) {
+        STATE.with(|state| {
+            *state.borrow_mut() = Some(Rc::new(Self {
+                devices: RefCell::default(),
+                jobs: Jobs::new(events),
+                nbd: RefCell::default(),
+                vhost_user: RefCell::default(),
+            }));
+        });
+    }
+
+    /// This thread's state; `None` off the shards, and after shutdown.
+    pub(crate) fn current() -> Option<Rc<Self>> {
+        STATE.with(|state| state.borrow().clone())
+    }
+
+    /// Devices, in the order they came.
+    pub fn devices(&self) -> Vec<Rc<Device>> {
+        self.devices.borrow().clone()
+    }
+
+    /// A device by its name.
+    pub fn device(&self, name: &str) -> Option<Rc<Device>> {
+        self.devices.borrow().iter().find(|device| device.spec.name == name).cloned()
+    }
+
+    /// The jobs of this shard's devices.
+    pub fn jobs(&self) -> &Rc<Jobs> {
+        &self.jobs
+    }
+
+    /// Opens a chain and puts a disk over it.
+    pub(crate) async fn add_disk(&self, spec: DiskSpec) -> Result<Rc<Device>, Failure> {
+        let files = FileOpener {
+            top: OpenOptions {
+                read_only: spec.read_only,
+                direct: spec.cache.direct(),
+                no_flush: spec.cache == crate::CacheMode::Unsafe,
+                ..OpenOptions::default()
+            },
+            below: OpenOptions { read_only: true, direct: spec.cache.direct(), ..OpenOptions::default() },
+        };
+        let opener = SlowSource { files, delay: spec.source_delay };
+        let options = ChainOptions { format: spec.format, read_only: spec.read_only, ..ChainOptions::default() };
+        let chain = open_chain(&opener, &spec.file, options).await?;
+        let disk = Disk::new(
+            &spec.name,
+            chain,
+            DiskOptions { copy_on_read: spec.copy_on_read, write_through: spec.cache.write_through(), discard: true },
+        );
+        let device = Rc::new(Device { spec, disk });
+        self.devices.borrow_mut().push(device.clone());
+        Ok(device)
+    }
+
+    /// Offers `names` (all on this shard) at one NBD address; returns the address in use.
+    pub(crate) async fn start_nbd(&self, address: Address, names: &[String]) -> Result<Address, Failure> {
+        let mut exports = Vec::new();
+        for name in names {
+            let device = self.device(name).ok_or_else(|| Failure::no_device(name))?;
+            exports.push(NbdExport {
+                name: name.clone(),
+                description: None,
+                disk: device.disk.clone(),
+                read_only: device.spec.read_only,
+            });
+        }
+        let server = NbdServer::start(address, exports).await?;
+        let address = server.address().clone();
+        self.nbd.borrow_mut().push(Rc::new(server));
+        Ok(address)
+    }
+
+    /// Offers a device to a vhost-user front end.
+    pub(crate) async fn start_vhost_user(&self, name: &str, socket: PathBuf, queues: u16) -> Result<(), Failure> {
+        let device = self.device(name).ok_or_else(|| Failure::no_device(name))?;
+        let serial = name.chars().filter(char::is_ascii).take(20).collect();
+        let export =
+            VhostUserExport { socket, disk: device.disk.clone(), read_only: device.spec.read_only, queues, serial };
+        let server = VhostUserServer::start(export).await?;
+        self.vhost_user.borrow_mut().push((name.to_owned(), Rc::new(server)));
+        Ok(())
+    }
+
+    /// Ends exports, then jobs, then disks: no guest request and no job is in flight when a disk closes. The first failure
+    /// is reported, the rest is closed all the same.
+    pub(crate) async fn shut_down(&self) -> Result<(), Failure> {
+        let servers = std::mem::take(&mut *self.nbd.borrow_mut());
+        for server in servers {
+            server.stop().await;
+        }
+        let servers = std::mem::take(&mut *self.vhost_user.borrow_mut());
+        for (_, server) in servers {
+            server.stop().await;
+        }
+        self.jobs.shut_down().await;
+        let devices = std::mem::take(&mut *self.devices.borrow_mut());
+        let mut outcome = Ok(());
+        for device in devices {
+            if let Err(error) = device.disk.close().await {
+                outcome = outcome.and(Err(Failure::from(error)));
+            }
+        }
+        outcome
+    }
+}
+
+/// Local files; what lies below the top answers only after a delay, if one is asked for.
+struct SlowSource {
+    files: FileOpener,
+    delay: Option<Duration>,
+}
+
+impl Opener for SlowSource {
+    fn open<'a>(
+        &'a self,
+        name: &'a str,
+        referrer: Option<&'a str>,
+        read_only: bool,
+    ) -> LocalBoxFuture<'a, disk::Result<Rc<dyn Store>>> {
+        Box::pin(async move {
+            let store = self.files.open(name, referrer, read_only).await?;
+            let _ = self.delay; // The delaying decorator goes around `store` here as soon as it lands.
+            Ok(store)
+        })
+    }
+
+    fn identify(&self, name: &str, referrer: Option<&str>) -> String {
+        self.files.identify(name, referrer)
+    }
+}
