@@ -94,7 +94,9 @@ impl Engine {
         let index = {
             let mut placed = locked(&self.inner.placed);
             if placed.iter().any(|(taken, _)| *taken == name) {
-                return Err(Failure::generic(format!("Device name '{name}' is taken; give each disk its own (--device NAME=FILE)")));
+                return Err(Failure::generic(format!(
+                    "Device name '{name}' is taken; give each disk its own (--device NAME=FILE)"
+                )));
             }
             let load = |index: usize| placed.iter().filter(|(_, at)| *at == index).count();
             let index = (0..self.inner.handles.len()).min_by_key(|index| load(*index)).unwrap_or(0);
@@ -210,7 +212,11 @@ impl Engine {
             .ok_or_else(|| Failure::no_device(device))
     }
 
-    async fn run<T, F>(&self, index: usize, work: impl FnOnce(Rc<ShardState>) -> F + Send + 'static) -> Result<T, Failure>
+    async fn run<T, F>(
+        &self,
+        index: usize,
+        work: impl FnOnce(Rc<ShardState>) -> F + Send + 'static,
+    ) -> Result<T, Failure>
     where
         T: Send + 'static,
         F: Future<Output = Result<T, Failure>> + 'static,
