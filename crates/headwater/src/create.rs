@@ -1,0 +1,216 @@
+//! `headwater create`: the flags of `qemu-img create`.
+//!
+//! A backing file whose format nobody stated is looked at once, here; what was found is said and recorded, so that it is never
+//! guessed again.
+
+use crate::exit::{Exit, Outcome};
+use crate::images::{self, Look, format_named, on_ring};
+use crate::size;
+use disk::chain::{FileOpener, Opener};
+use image::create::{CreateOptions, create, validate};
+use image::{BackingRef, Format};
+use std::path::Path;
+use store::file::{FileStore, OpenOptions};
+
+#[derive(clap::Args)]
+pub(crate) struct Args {
+    /// Format of the new image: qed or raw
+    #[arg(short, long, default_value = "raw", value_name = "FMT")]
+    format: String,
+    /// Backing file, relative to the new image's folder
+    #[arg(short, long, value_name = "BACKING")]
+    backing: Option<String>,
+    /// Format of the backing file
+    #[arg(short = 'F', long, value_name = "FMT")]
+    backing_format: Option<String>,
+    /// Options as key=value, separated by commas: size, backing_file, backing_fmt, cluster_size, table_size
+    #[arg(short, value_name = "OPTIONS")]
+    options: Vec<String>,
+    /// Do not open the backing file (then its format and the size must be given)
+    #[arg(short = 'u', long = "unsafe")]
+    unchecked: bool,
+    /// Print nothing
+    #[arg(short, long)]
+    quiet: bool,
+    /// The new image
+    file: String,
+    /// Its size in bytes, or with a suffix k, M, G, T, P or E; by default the backing file's
+    size: Option<String>,
+}
+
+/// What the command line asked for, each thing stated at most once.
+#[derive(Default)]
+struct Wanted {
+    size: Option<u64>,
+    backing: Option<String>,
+    backing_format: Option<String>,
+    cluster_size: Option<u64>,
+    table_size: Option<u32>,
+}
+
+pub(crate) fn run(args: Args) -> Outcome {
+    let format = format_named(&args.format).map_err(|e| format!("{}: {e}", args.file))?;
+    let wanted = gather(&args, format).map_err(|e| format!("{}: {e}", args.file))?;
+    on_ring(make(&args, format, wanted))?;
+    Ok(Exit::Ok)
+}
+
+fn gather(args: &Args, format: Format) -> Result<Wanted, String> {
+    let mut wanted = Wanted {
+        size: args.size.as_deref().map(size::parse).transpose()?,
+        backing: args.backing.clone(),
+        backing_format: args.backing_format.clone(),
+        ..Wanted::default()
+    };
+    for pair in args.options.iter().flat_map(|list| split_options(list)) {
+        let (key, value) =
+            pair.split_once('=').ok_or_else(|| format!("Invalid parameter '{pair}': key=value is expected"))?;
+        match (key, format) {
+            ("size", _) => wanted.size = Some(size::parse(value)?),
+            ("backing_file", Format::Qed) => wanted.backing = Some(value.to_owned()),
+            ("backing_fmt", Format::Qed) => wanted.backing_format = Some(value.to_owned()),
+            ("cluster_size", Format::Qed) => wanted.cluster_size = Some(size::parse(value)?),
+            ("table_size", Format::Qed) => {
+                let clusters = size::parse(value)?;
+                wanted.table_size = Some(u32::try_from(clusters).map_err(|_| format!("Invalid table_size '{value}'"))?);
+            }
+            _ => return Err(format!("Invalid parameter '{key}'")),
+        }
+    }
+    if format == Format::Raw && wanted.backing.is_some() {
+        return Err("Backing file not supported for file format 'raw'".into());
+    }
+    Ok(wanted)
+}
+
+/// Splits at commas; a doubled comma stands for one (as QEMU has it in file names).
+fn split_options(list: &str) -> Vec<String> {
+    let mut pairs = vec![String::new()];
+    let mut chars = list.chars().peekable();
+    while let Some(c) = chars.next() {
+        match c {
+            ',' if chars.peek() == Some(&',') => {
+                chars.next();
+                pairs[..].last_mut().expect("never empty").push(',');
+            }
+            ',' => pairs.push(String::new()),
+            c => pairs[..].last_mut().expect("never empty").push(c),
+        }
+    }
+    pairs.retain(|pair| !pair.is_empty());
+    pairs
+}
+
+async fn make(args: &Args, format: Format, wanted: Wanted) -> Result<(), String> {
+    let file = &args.file;
+    let opener = FileOpener::default();
+    let stated = wanted.backing_format.as_deref().map(format_named).transpose().map_err(|e| format!("{file}: {e}"))?;
+    let mut size = wanted.size;
+    let mut backing = None;
+    if let Some(name) = wanted.backing {
+        if opener.identify(&name, Some(file)) == opener.identify(file, None) {
+            return Err(format!("{file}: Error: Trying to create an image with the same filename as the backing file"));
+        }
+        let recorded = if args.unchecked {
+            stated.ok_or_else(|| format!("{file}: -u leaves the backing file unopened, so state its format with -F"))?
+        } else {
+            let (found, below) = look_at_backing(&opener, &name, file, stated).await?;
+            size = size.or(Some(below));
+            if stated.is_none() && !args.quiet {
+                eprintln!(
+                    "headwater: '{name}' has no stated format; it was found to be {found}, which is now recorded in '{file}' \
+                     and never probed again (state it with -F {found})"
+                );
+            }
+            found
+        };
+        backing = Some(BackingRef { name, format: Some(recorded) });
+    }
+    let size = size.ok_or_else(|| format!("{file}: Image creation needs a size parameter"))?;
+    let options =
+        CreateOptions { format, size, backing, cluster_size: wanted.cluster_size, table_size: wanted.table_size };
+    let warnings = validate(&options).map_err(|e| format!("{file}: {e}"))?;
+    if !args.quiet {
+        println!("{}", formatting_line(file, &options));
+        for warning in warnings {
+            eprintln!("headwater: warning: {warning}");
+        }
+    }
+    write(file, &options).await
+}
+
+/// The backing file's format (stated or found) and the size a guest sees in it. Its own chain is opened too: an overlay over
+/// something that cannot be read would only fail later.
+async fn look_at_backing(
+    opener: &FileOpener,
+    name: &str,
+    file: &str,
+    stated: Option<Format>,
+) -> Result<(Format, u64), String> {
+    let failed = |e: String| format!("{file}: {e}\nCould not open backing image.");
+    let resolved = opener.identify(name, Some(file));
+    let look = Look { format: stated, ..Look::default() };
+    let chain = images::open(&resolved, look).await.map_err(failed)?;
+    let top = chain.first().map(|layer| (layer.image.format(), layer.image.size()));
+    images::close(&chain).await.map_err(failed)?;
+    top.ok_or_else(|| failed(format!("'{name}' holds no image")))
+}
+
+async fn write(file: &str, options: &CreateOptions) -> Result<(), String> {
+    let path = Path::new(file);
+    let existed = path.exists();
+    let store = FileStore::create(path, OpenOptions::default()).await.map_err(|e| format!("{file}: {e}"))?;
+    let store: std::rc::Rc<dyn store::Store> = store;
+    let made = create(store.clone(), options).await;
+    let closed = store.close().await;
+    if made.is_err() && !existed {
+        // Half an image helps nobody; the failure itself is what gets reported.
+        let _ = std::fs::remove_file(path);
+    }
+    made.map_err(|e| format!("{file}: {e}"))?;
+    closed.map_err(|e| format!("{file}: {e}"))
+}
+
+fn formatting_line(file: &str, options: &CreateOptions) -> String {
+    use std::fmt::Write;
+    let mut line = format!("Formatting '{file}', fmt={} size={}", options.format, options.size);
+    if let Some(backing) = &options.backing {
+        let _ = write!(line, " backing_file={}", backing.name);
+        if let Some(format) = backing.format {
+            let _ = write!(line, " backing_fmt={format}");
+        }
+    }
+    if options.format == Format::Qed {
+        let _ = write!(line, " cluster_size={}", options.cluster_size.unwrap_or(65536));
+        if let Some(clusters) = options.table_size {
+            let _ = write!(line, " table_size={clusters}");
+        }
+    }
+    line
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn commas_separate_and_doubled_commas_stand_for_one() {
+        assert_eq!(split_options("a=1,b=x,,y,c=3"), ["a=1", "b=x,y", "c=3"]);
+        assert!(split_options("").is_empty());
+    }
+
+    #[test]
+    fn the_formatting_line_is_qemu_imgs() {
+        let options = CreateOptions {
+            format: Format::Qed,
+            size: 20 << 20,
+            backing: Some(BackingRef { name: "master.img".into(), format: Some(Format::Raw) }),
+            cluster_size: Some(131_072),
+            table_size: Some(8),
+        };
+        assert_eq!(
+            formatting_line("my2.qed", &options),
+            "Formatting 'my2.qed', fmt=qed size=20971520 backing_file=master.img backing_fmt=raw cluster_size=131072 table_size=8"
+        );
+    }
+}

@@ -1,0 +1,63 @@
+//! What the image commands share: opening a chain for reading on a ring of their own, and output formats.
+
+use clap::ValueEnum;
+use disk::chain::{ChainOptions, FileOpener, Layer, open_chain};
+use image::Format;
+use ring::{Config, Ring};
+use std::future::Future;
+use store::file::{Locking, OpenOptions};
+
+/// How a command prints.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Output {
+    /// For people.
+    #[default]
+    Human,
+    /// For programs.
+    Json,
+}
+
+/// Reads a format's name as users write it.
+pub(crate) fn format_named(name: &str) -> Result<Format, String> {
+    Format::from_name(name).ok_or_else(|| format!("Unknown file format '{name}' (this Headwater knows raw and qed)"))
+}
+
+/// Runs `work` to its end on a ring made for it.
+pub(crate) fn on_ring<T>(work: impl Future<Output = Result<T, String>>) -> Result<T, String> {
+    let ring = Ring::new(Config::default()).map_err(|e| format!("could not set up I/O: {e}"))?;
+    ring.block_on(work)
+}
+
+/// How to open for looking at (or checking) an image.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Look {
+    pub(crate) format: Option<Format>,
+    pub(crate) force_share: bool,
+    pub(crate) no_backing: bool,
+    pub(crate) for_check: bool,
+    pub(crate) writable: bool,
+}
+
+/// Opens `file` and what lies below it.
+pub(crate) async fn open(file: &str, look: Look) -> Result<Vec<Layer>, String> {
+    let locking = if look.force_share { Locking::Off } else { Locking::On };
+    let top = OpenOptions { read_only: !look.writable, locking, ..OpenOptions::default() };
+    let below = OpenOptions { read_only: true, locking, ..OpenOptions::default() };
+    let options = ChainOptions {
+        format: look.format,
+        read_only: !look.writable,
+        no_backing: look.no_backing,
+        for_check: look.for_check,
+        ..ChainOptions::default()
+    };
+    open_chain(&FileOpener { top, below }, file, options).await.map_err(|e| format!("Could not open '{file}': {e}"))
+}
+
+/// Closes every layer; the first failure is reported.
+pub(crate) async fn close(chain: &[Layer]) -> Result<(), String> {
+    let mut outcome = Ok(());
+    for layer in chain {
+        outcome = outcome.and(layer.image.close().await.map_err(|e| e.to_string()));
+    }
+    outcome
+}
