@@ -165,7 +165,7 @@ impl Engine {
         let mut answers = Vec::new();
         for index in 0..self.inner.handles.len() {
             let work = work.clone();
-            answers.push(self.run(index, move |state| work(state)).await?);
+            answers.push(self.run(index, work).await?);
         }
         Ok(answers)
     }

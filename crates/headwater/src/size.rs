@@ -28,7 +28,7 @@ pub(crate) fn parse(text: &str) -> Result<u64, String> {
     let scale = 10_u128.pow(fraction.len() as u32);
     let fraction: u128 = if fraction.is_empty() { 0 } else { fraction.parse().map_err(|_| bad())? };
     let bytes = whole.checked_mul(1 << shift).ok_or_else(too_large)? + (fraction << shift) / scale;
-    u64::try_from(bytes).ok().filter(|bytes| *bytes <= i64::MAX as u64).ok_or_else(too_large)
+    u64::try_from(bytes).ok().filter(|bytes| i64::try_from(*bytes).is_ok()).ok_or_else(too_large)
 }
 
 /// A size with three significant digits and its unit: `2.38 MiB`, `512 B`; 1000 of a unit are already 0.977 of the next.
