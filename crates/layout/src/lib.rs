@@ -4,5 +4,6 @@
 #![forbid(unsafe_code)]
 
 pub mod addr;
+pub mod qed;
 
 pub use addr::{GuestOffset, GuestRange, HostOffset, HostRange};
