@@ -18,6 +18,7 @@ pub mod process;
 pub mod qemu;
 pub mod qmp;
 pub mod random;
+pub mod vhost;
 
 /// Whatever went wrong, in words for the reader of a failed test.
 pub type Error = Box<dyn std::error::Error + Send + Sync>;

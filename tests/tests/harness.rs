@@ -1,6 +1,7 @@
 //! The harness itself, with QEMU's own programs where Headwater will stand: if these fail, no failure of Headwater
 //! can be believed.
 
+use std::collections::HashMap;
 use std::time::Duration;
 
 use headwater_tests::guest::{BOOT_PATIENCE, Disk, Guest};
@@ -10,7 +11,7 @@ use headwater_tests::nbdkit::Nbdkit;
 use headwater_tests::process::{PATIENCE, run};
 use headwater_tests::qemu::{Cache, Qsd, QsdBuilder, check, compare, file_node, format_node, info, qemu_img, qemu_io};
 use headwater_tests::random::Random;
-use headwater_tests::{Result, peer};
+use headwater_tests::{Result, peer, vhost};
 use serde_json::json;
 use tempfile::TempDir;
 
@@ -141,7 +142,7 @@ fn nbd_client_against_qemu() -> Result {
         assert_eq!(client.export().structured, options.structured);
         // Mixed data and holes, many in flight and answered in any order.
         let mut random = Random::new(3);
-        let mut wanted = std::collections::HashMap::new();
+        let mut wanted = HashMap::new();
         for _ in 0..32 {
             let offset = random.below(client.size() - (1 << 20));
             let length = 1 + random.below(1 << 20) as u32;
@@ -166,6 +167,53 @@ fn nbd_client_against_qemu() -> Result {
     let refused = client.read(client.size(), 512).expect_err("past the end");
     assert_eq!(refused.downcast::<nbd::NbdError>()?.errno, 22);
     client.disconnect()?;
+    server.quit()
+}
+
+#[test]
+fn vhost_user_client_against_qemu() -> Result {
+    peer!("qemu-img", "qemu-storage-daemon", "mke2fs", "busybox");
+    let dir = tempfile::tempdir()?;
+    let socket = dir.path().join("vhost.sock");
+    let (master, server) = overlay(&dir, &Spec::default(), |qsd| qsd.vhost_user("top", &socket, 2))?;
+    let image = std::fs::read(&master.image)?;
+    for (event_index, indirect) in [(true, true), (false, false), (true, false), (false, true)] {
+        let options = vhost::Options { queues: 2, event_index, indirect, ..vhost::Options::default() };
+        let mut client = vhost::Client::connect_with(&socket, options)?;
+        assert_eq!(client.size(), image.len() as u64);
+        assert_eq!(client.max_queues(), 2);
+        let mut random = Random::new(4);
+        // Several rounds through both rings, so that their indices wrap around the ring's size.
+        for round in 0..20 {
+            let queue = round % 2;
+            let mut wanted = HashMap::new();
+            while let Some(slot) = client.claim(queue) {
+                let length = 512 * (1 + random.below(64) as u32);
+                let offset = 512 * random.below((client.size() - (1 << 20)) / 512);
+                client.submit(queue, slot, vhost::Kind::Read, offset, length)?;
+                wanted.insert(slot, (offset as usize, length));
+            }
+            while !wanted.is_empty() {
+                let (slot, status) = client.complete(queue, PATIENCE)?;
+                assert_eq!(status, vhost::Status::OK);
+                let (offset, length) = wanted.remove(&slot).ok_or("a request nobody made")?;
+                let data = client.data(queue, slot, length)?;
+                assert!(data == image[offset..offset + length as usize], "wrong data at {offset}");
+            }
+        }
+    }
+    let mut client = vhost::Client::connect(&socket)?;
+    client.write(4096, &[9; 8192])?;
+    client.write_zeroes(8192, 4096, false)?;
+    client.flush()?;
+    assert_eq!(client.read(4096, 8192)?, [[9; 4096], [0; 4096]].concat());
+    client.discard(1 << 20, 1 << 20)?;
+    assert_eq!(client.identify()?, "vhost_user_blk");
+    let (_, status) = client.one(vhost::Kind::Other(99), 0, 0, &[])?;
+    assert_eq!(status, vhost::Status::UNSUPPORTED);
+    let (_, status) = client.one(vhost::Kind::Read, client.size(), 512, &[])?;
+    assert_eq!(status, vhost::Status::IO_ERROR);
+    drop(client);
     server.quit()
 }
 
