@@ -67,4 +67,6 @@ pub struct DiskSpec {
     pub copy_on_read: bool,
     /// Every request to what lies below the top takes this long at least: a slow source, for demonstrations and tests.
     pub source_delay: Option<Duration>,
+    /// Reads of what lies below the top fail as long as this file exists: a broken source, for tests.
+    pub source_error_while: Option<std::path::PathBuf>,
 }

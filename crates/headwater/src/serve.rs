@@ -54,6 +54,9 @@ pub(crate) struct Args {
     /// Let every request to a backing file take at least this many milliseconds (for demonstrations and tests)
     #[arg(long, value_name = "MS", hide = true)]
     source_delay: Option<u64>,
+    /// Let every read of a backing file fail as long as this file exists (for tests)
+    #[arg(long, value_name = "FILE", hide = true)]
+    source_error_while: Option<PathBuf>,
 }
 
 /// Everything the command line asked for, checked.
@@ -89,6 +92,7 @@ fn plan(args: &Args) -> Result<Plan, String> {
             read_only: args.read_only,
             copy_on_read: args.copy_on_read,
             source_delay: args.source_delay.map(Duration::from_millis),
+            source_error_while: args.source_error_while.clone(),
         })
         .collect();
     let mut vhost_user = Vec::new();
