@@ -1,12 +1,19 @@
 //! The executor: tasks of one thread, run in FIFO order between visits to the reactor.
-//!
-//! A shard is a thread with a ring that serves its inbox until told to stop.
 
-use crate::inbox::Handle;
-use std::future::Future;
+use crate::inbox::{Handle, Inbox};
+use crate::oneshot;
+use crate::reactor::Reactor;
+use crate::runtime::{self, Core, Driver};
+use crate::task::Outcome;
+use std::env;
+use std::future::{Future, poll_fn};
 use std::io;
-use std::pin::Pin;
-use std::task::{Context, Poll};
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::rc::Rc;
+use std::sync::Arc;
+use std::task::Poll;
+
+pub use crate::task::JoinHandle;
 
 /// Which machinery carries the operations.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -18,6 +25,28 @@ pub enum Backend {
     Uring,
     /// A small pool of blocking threads.
     Threads,
+}
+
+/// The environment variable that overrides [`Backend::Auto`].
+const BACKEND_VARIABLE: &str = "HEADWATER_RING";
+
+impl Backend {
+    /// What `Auto` stands for, by the environment.
+    fn resolve(self) -> io::Result<Self> {
+        if self != Self::Auto {
+            return Ok(self);
+        }
+        let Some(value) = env::var_os(BACKEND_VARIABLE) else { return Ok(self) };
+        match value.to_str() {
+            Some("" | "auto") => Ok(Self::Auto),
+            Some("uring") => Ok(Self::Uring),
+            Some("threads") => Ok(Self::Threads),
+            _ => Err(io::Error::new(
+                io::ErrorKind::InvalidInput,
+                format!("{BACKEND_VARIABLE}={}: say uring, threads or auto", value.display()),
+            )),
+        }
+    }
 }
 
 /// How to make a ring.
@@ -39,78 +68,37 @@ impl Default for Config {
 
 /// One thread's executor and reactor. `!Send`.
 pub struct Ring {
-    _todo: std::rc::Rc<()>,
+    core: Rc<Core>,
 }
 
 impl Ring {
     /// Makes a ring for this thread.
     pub fn new(config: Config) -> io::Result<Self> {
-        let _ = config;
-        todo!()
+        let inbox = Arc::new(Inbox::new(config.inbox, true)?);
+        let reactor = Reactor::new(config.backend.resolve()?, config.entries, &inbox)?;
+        Ok(Self { core: Core::new(inbox, Driver::Real(reactor)) })
     }
 
     /// The back end in use (never `Auto`).
     pub fn backend(&self) -> Backend {
-        todo!()
+        self.core.backend().expect("a ring has a reactor")
     }
 
     /// Runs `future` to its end, together with every task it spawns. Tasks left over stay queued for the next
     /// `block_on`; dropping the ring drains operations in flight, then drops them.
     pub fn block_on<F: Future>(&self, future: F) -> F::Output {
-        let _ = future;
-        todo!()
+        self.core.block_on(future)
     }
 
     /// How other threads reach this ring.
     pub fn handle(&self) -> Handle {
-        todo!()
+        Handle::new(Arc::clone(&self.core.inbox))
     }
 }
 
-/// A thread that runs a ring. Dropping it asks it to stop and joins the thread.
-pub struct Shard {
-    _todo: (),
-}
-
-impl Shard {
-    /// Starts a thread called `name` whose ring serves its inbox until [`Shard::stop`].
-    pub fn start(name: &str, config: Config) -> io::Result<Self> {
-        let _ = (name, config);
-        todo!()
-    }
-
-    /// How to reach it.
-    pub fn handle(&self) -> &Handle {
-        todo!()
-    }
-
-    /// Stops taking messages, lets what runs end (tasks are dropped, operations drained), and joins the thread.
-    pub fn stop(self) {
-        todo!()
-    }
-}
-
-/// A spawned task's result. Dropping it detaches the task.
-pub struct JoinHandle<T> {
-    _todo: std::marker::PhantomData<T>,
-}
-
-impl<T> JoinHandle<T> {
-    /// Drops the task's future at its next suspension point, now if it is suspended (its operations in flight go on).
-    pub fn cancel(self) {
-        todo!()
-    }
-
-    /// Whether the task has ended.
-    pub fn is_finished(&self) -> bool {
-        todo!()
-    }
-}
-
-impl<T> Future for JoinHandle<T> {
-    type Output = T;
-    fn poll(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<T> {
-        todo!()
+impl Drop for Ring {
+    fn drop(&mut self) {
+        self.core.shut_down();
     }
 }
 
@@ -120,17 +108,33 @@ where
     F: Future + 'static,
     F::Output: 'static,
 {
-    let _ = future;
-    todo!()
+    runtime::spawn(future)
 }
 
-/// Runs a blocking closure (an `ioctl`, an `open`) on the ring's helper threads.
+/// Runs a blocking closure (an `ioctl`, an `open`) on the ring's helper threads. A panic of the closure goes on here.
+/// Dropping the future gives up the result, not the closure. In [`crate::sim`] it runs at once, in place.
 pub async fn unblock<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> T {
-    let _ = work;
-    todo!()
+    let core = runtime::current();
+    let Driver::Real(reactor) = &core.driver else { return work() };
+    let (sender, receiver) = oneshot::channel();
+    reactor.blocking(Box::new(move || {
+        let outcome = Outcome::new(catch_unwind(AssertUnwindSafe(work)));
+        // Without a receiver the outcome is dropped here, which logs a panic.
+        let _ = sender.send(outcome);
+    }));
+    receiver.await.expect("helper threads run every closure they took").unwrap()
 }
 
 /// Lets every other runnable task run once.
 pub async fn yield_now() {
-    todo!()
+    let mut yielded = false;
+    poll_fn(|cx| {
+        if yielded {
+            return Poll::Ready(());
+        }
+        yielded = true;
+        runtime::current().inbox.local.wake_last(cx.waker());
+        Poll::Pending
+    })
+    .await;
 }

@@ -1,11 +1,25 @@
 //! The inbox: the only way from another thread into a ring. Bounded; waking goes through the ring itself.
+//!
+//! **Who wakes whom.** Everything that comes from outside stands behind one mutex, and so does the flag `asleep`. The
+//! ring sets it, in the same critical section in which it finds the inbox empty, right before it sleeps in the kernel;
+//! whoever puts something in clears it and, if it was set, writes the eventfd that the sleeping ring waits on. So no
+//! wake-up is lost, and a ring that is awake costs no system call. `pending` only spares the ring the lock while it is
+//! awake and nothing came: a stale `false` is corrected by the locked look before it sleeps.
 
+use crate::oneshot;
+use crate::runtime;
+use crate::task::{Entry, LocalQueue, Outcome, Ready};
+use std::collections::VecDeque;
 use std::fmt;
 use std::future::Future;
+use std::io;
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::pin::Pin;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll};
 
-/// The ring has stopped, or its inbox is full.
+/// The ring has stopped.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Closed;
 
@@ -17,47 +31,247 @@ impl fmt::Display for Closed {
 
 impl std::error::Error for Closed {}
 
+/// What `post` hands over.
+pub(crate) type Message = Box<dyn FnOnce() + Send>;
+
+/// The part of a ring that other threads may touch (and the local queue, which they may carry but not touch).
+pub(crate) struct Inbox {
+    /// Tasks that can run, of the ring's own thread.
+    pub(crate) local: LocalQueue,
+    outside: Mutex<Outside>,
+    pending: AtomicBool,
+    /// Told when messages have been taken out, or the inbox was closed.
+    space: Condvar,
+    capacity: usize,
+    /// What a sleeping ring waits on; a simulated one has none and never sleeps.
+    eventfd: Option<OwnedFd>,
+}
+
+#[derive(Default)]
+struct Outside {
+    messages: VecDeque<Message>,
+    ready: Vec<Ready>,
+    completions: Vec<(u32, i32)>,
+    asleep: bool,
+    closed: bool,
+}
+
+impl Outside {
+    fn is_empty(&self) -> bool {
+        self.messages.is_empty() && self.ready.is_empty() && self.completions.is_empty()
+    }
+}
+
+/// What the ring took out at once.
+#[derive(Default)]
+pub(crate) struct Collected {
+    pub(crate) messages: VecDeque<Message>,
+    pub(crate) ready: Vec<Ready>,
+    /// Results of operations that helper threads carried out: slot and result as the kernel gives it.
+    pub(crate) completions: Vec<(u32, i32)>,
+}
+
+impl Inbox {
+    /// An inbox of the calling thread for `capacity` messages.
+    pub(crate) fn new(capacity: usize, sleeps: bool) -> io::Result<Self> {
+        let eventfd = if sleeps {
+            // SAFETY: no pointers are passed.
+            let fd = unsafe { libc::eventfd(0, libc::EFD_CLOEXEC) };
+            if fd < 0 {
+                return Err(io::Error::last_os_error());
+            }
+            // SAFETY: the kernel has just made this descriptor for us alone.
+            Some(unsafe { OwnedFd::from_raw_fd(fd) })
+        } else {
+            None
+        };
+        Ok(Self {
+            local: LocalQueue::new(),
+            outside: Mutex::default(),
+            pending: AtomicBool::new(false),
+            space: Condvar::new(),
+            capacity: capacity.max(1),
+            eventfd,
+        })
+    }
+
+    /// The descriptor that becomes readable when a sleeping ring must wake.
+    pub(crate) fn wake_fd(&self) -> Option<RawFd> {
+        self.eventfd.as_ref().map(|fd| fd.as_raw_fd())
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Outside> {
+        // Nothing that can panic runs while the lock is held (the allocator aborts).
+        self.outside.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Makes something runnable, from any thread.
+    pub(crate) fn schedule(&self, ready: Ready) {
+        match self.local.push(ready) {
+            Ok(()) => {}
+            Err(ready) => self.put(self.lock(), |outside| outside.ready.push(ready)),
+        }
+    }
+
+    /// Reports an operation that a helper thread carried out.
+    pub(crate) fn complete(&self, slot: u32, result: i32) {
+        self.put(self.lock(), |outside| outside.completions.push((slot, result)));
+    }
+
+    /// Hands a message over; it comes back when the ring has stopped.
+    fn post(&self, message: Message) -> Result<(), Closed> {
+        let mut outside = self.lock();
+        // The ring's own thread is the one that makes space: it must not wait for itself.
+        if !self.local.is_mine() {
+            while outside.messages.len() >= self.capacity && !outside.closed {
+                outside = self.space.wait(outside).unwrap_or_else(PoisonError::into_inner);
+            }
+        }
+        if outside.closed {
+            drop(outside);
+            drop(message);
+            return Err(Closed);
+        }
+        self.put(outside, |outside| outside.messages.push_back(message));
+        Ok(())
+    }
+
+    fn put(&self, mut outside: MutexGuard<'_, Outside>, what: impl FnOnce(&mut Outside)) {
+        what(&mut outside);
+        self.pending.store(true, Ordering::Relaxed);
+        let asleep = std::mem::take(&mut outside.asleep);
+        drop(outside);
+        if asleep {
+            self.ring_the_bell();
+        }
+    }
+
+    /// Writes the eventfd. The counter cannot overflow: the ring resets it, and `asleep` lets one writer through.
+    pub(crate) fn ring_the_bell(&self) {
+        let Some(eventfd) = &self.eventfd else { return };
+        let one = 1_u64.to_ne_bytes();
+        loop {
+            // SAFETY: `one` is 8 readable bytes; the descriptor is open while `self` lives.
+            let written = unsafe { libc::write(eventfd.as_raw_fd(), one.as_ptr().cast(), one.len()) };
+            if written >= 0 || io::Error::last_os_error().kind() != io::ErrorKind::Interrupted {
+                return;
+            }
+        }
+    }
+
+    /// Takes everything out (by the ring's thread). `into` must be empty; its allocations are used again.
+    pub(crate) fn collect(&self, into: &mut Collected) {
+        if !self.pending.load(Ordering::Relaxed) {
+            return;
+        }
+        let mut outside = self.lock();
+        self.pending.store(false, Ordering::Relaxed);
+        std::mem::swap(&mut outside.messages, &mut into.messages);
+        std::mem::swap(&mut outside.ready, &mut into.ready);
+        std::mem::swap(&mut outside.completions, &mut into.completions);
+        drop(outside);
+        if !into.messages.is_empty() {
+            self.space.notify_all();
+        }
+    }
+
+    /// Announces that the ring is about to sleep; `false` when something has come and it must not.
+    pub(crate) fn prepare_sleep(&self) -> bool {
+        let mut outside = self.lock();
+        outside.asleep = outside.is_empty();
+        outside.asleep
+    }
+
+    /// The ring is awake again.
+    pub(crate) fn woke(&self) {
+        self.lock().asleep = false;
+    }
+
+    /// Takes no more messages and drops those that wait.
+    pub(crate) fn close(&self) {
+        let mut outside = self.lock();
+        outside.closed = true;
+        let messages = std::mem::take(&mut outside.messages);
+        drop(outside);
+        self.space.notify_all();
+        drop(messages);
+    }
+}
+
 /// Reaches a ring from any thread. Clones reach the same ring.
 #[derive(Clone)]
 pub struct Handle {
-    _todo: std::sync::Arc<()>,
+    inbox: Arc<Inbox>,
+}
+
+impl fmt::Debug for Handle {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Handle").finish_non_exhaustive()
+    }
 }
 
 impl Handle {
-    /// Runs `work` on the ring's thread, soon, in order of posting. Blocks while the inbox is full (never called from
-    /// the ring's own thread with a full inbox: there it goes straight to the task queue).
+    pub(crate) fn new(inbox: Arc<Inbox>) -> Self {
+        Self { inbox }
+    }
+
+    /// Runs `work` on the ring's thread, soon, in order of posting. Blocks while the inbox is full (the ring's own
+    /// thread never blocks: its messages go in past the bound). A panic of `work` is logged and goes no further.
     pub fn post(&self, work: impl FnOnce() + Send + 'static) -> Result<(), Closed> {
-        let _ = work;
-        todo!()
+        self.inbox.post(Box::new(work))
     }
 
     /// Runs the future that `work` makes on the ring's thread and hands its result back. The future itself needs not be
-    /// `Send`. Dropping the [`Reply`] lets it run on.
+    /// `Send`. Dropping the [`Reply`] lets it run on. A panic in it goes on in whoever takes the reply.
     pub fn call<T, F>(&self, work: impl FnOnce() -> F + Send + 'static) -> Reply<T>
     where
         T: Send + 'static,
         F: Future<Output = T> + 'static,
     {
-        let _ = work;
-        todo!()
+        let (sender, receiver) = oneshot::channel();
+        let posted = self.post(move || {
+            runtime::spawn_outcome(async move { work().await }, move |outcome| {
+                // Without a receiver the outcome is dropped here, which logs a panic.
+                let _ = sender.send(outcome);
+            });
+        });
+        // A message that was not taken has dropped the sender: the reply says `Closed`.
+        let _ = posted;
+        Reply { receiver }
+    }
+
+    /// Whether the calling thread is the ring's own.
+    pub fn is_local(&self) -> bool {
+        self.inbox.local.is_mine()
+    }
+
+    pub(crate) fn close(&self) {
+        self.inbox.close();
     }
 }
 
 /// The answer to a [`Handle::call`]: a `Send` future for any executor; [`Reply::wait`] blocks a plain thread.
 pub struct Reply<T> {
-    _todo: std::marker::PhantomData<fn() -> T>,
+    receiver: oneshot::Receiver<Outcome<T>>,
 }
 
 impl<T> Reply<T> {
     /// Blocks this thread (never a ring's own) until the answer is there.
     pub fn wait(self) -> Result<T, Closed> {
-        todo!()
+        self.receiver.wait().map(Outcome::unwrap).ok_or(Closed)
     }
 }
 
 impl<T> Future for Reply<T> {
     type Output = Result<T, Closed>;
-    fn poll(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<Self::Output> {
-        todo!()
+    fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
+        Pin::new(&mut self.receiver).poll(cx).map(|outcome| outcome.map(Outcome::unwrap).ok_or(Closed))
+    }
+}
+
+/// Moves what became runnable elsewhere into the local queue.
+pub(crate) fn admit(local: &LocalQueue, ready: &mut Vec<Ready>) {
+    for ready in ready.drain(..) {
+        local.push_entry(Entry::new(ready));
     }
 }
