@@ -100,7 +100,13 @@ impl Error {
     }
 
     /// With a stated kind and reason.
-    pub fn new(kind: ErrorKind, operation: Operation, store: &str, range: Option<HostRange>, why: impl Into<String>) -> Self {
+    pub fn new(
+        kind: ErrorKind,
+        operation: Operation,
+        store: &str,
+        range: Option<HostRange>,
+        why: impl Into<String>,
+    ) -> Self {
         Self::build(kind, operation, store, range, Cause::Said(why.into()))
     }
 
