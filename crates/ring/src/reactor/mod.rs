@@ -170,7 +170,7 @@ impl Slot {
 struct Slots {
     // Boxed, since the kernel holds pointers into slots while the list grows.
     #[expect(clippy::vec_box, reason = "addresses must not change")]
-    slots: Vec<Box<Slot>>,
+    all: Vec<Box<Slot>>,
     free: Vec<u32>,
     in_flight: usize,
 }
@@ -178,8 +178,8 @@ struct Slots {
 impl Slots {
     fn insert(&mut self, op: Op) -> u32 {
         let slot = self.free.pop().unwrap_or_else(|| {
-            self.slots.push(Slot::new());
-            (self.slots.len() - 1) as u32
+            self.all.push(Slot::new());
+            (self.all.len() - 1) as u32
         });
         self.in_flight += 1;
         let place = self.get(slot);
@@ -190,13 +190,13 @@ impl Slots {
     }
 
     fn get(&mut self, slot: u32) -> &mut Slot {
-        &mut self.slots[slot as usize]
+        &mut self.all[slot as usize]
     }
 
     /// The back end has answered.
     fn complete(&mut self, slot: u32, result: i32) -> Finished {
         self.in_flight -= 1;
-        let place = &mut self.slots[slot as usize];
+        let place = &mut self.all[slot as usize];
         let op = place.op.take();
         match std::mem::replace(&mut place.state, State::Done(result)) {
             State::Waiting(waker) => Finished { op, waker, stray: None },
@@ -211,7 +211,7 @@ impl Slots {
 
     /// The result, if it is there; the slot is then free. Else leaves `cx`'s waker and hands back the one before.
     fn poll(&mut self, slot: u32, cx: &Context<'_>) -> Result<i32, Option<Waker>> {
-        match &mut self.slots[slot as usize].state {
+        match &mut self.all[slot as usize].state {
             State::Done(result) => {
                 let result = *result;
                 self.release(slot);
@@ -224,13 +224,13 @@ impl Slots {
     }
 
     fn release(&mut self, slot: u32) {
-        self.slots[slot as usize].state = State::Free;
+        self.all[slot as usize].state = State::Free;
         self.free.push(slot);
     }
 
     /// The future is gone.
     fn abandon(&mut self, slot: u32) -> Abandoned {
-        let place = &mut self.slots[slot as usize];
+        let place = &mut self.all[slot as usize];
         let kind = place.kind;
         match std::mem::replace(&mut place.state, State::Abandoned) {
             State::Waiting(waker) => Abandoned { waker, waits: kind.waits(), stray: None },
@@ -244,7 +244,7 @@ impl Slots {
 
     /// The numbers of those in flight that may wait forever.
     fn waiting(&self) -> Vec<u32> {
-        self.slots
+        self.all
             .iter()
             .enumerate()
             .filter(|(_, slot)| matches!(slot.state, State::Waiting(_) | State::Abandoned) && slot.kind.waits())

@@ -208,9 +208,9 @@ impl Threads {
             Tried::NotReady => {
                 let watch = inner.watches.entry(fd).or_default();
                 if reads(kind) {
-                    watch.readers.push(slot)
+                    watch.readers.push(slot);
                 } else {
-                    watch.writers.push(slot)
+                    watch.writers.push(slot);
                 }
                 inner.tell(fd);
             }

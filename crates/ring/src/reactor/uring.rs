@@ -36,7 +36,7 @@ const TABLE: u32 = 1024;
 const NO_POSITION: u64 = u64::MAX;
 
 /// The longest sleep without a look around.
-const SLEEP_MAX: Duration = Duration::from_secs(3600);
+const SLEEP_MAX: Duration = Duration::from_hours(1);
 
 pub(crate) struct Uring {
     /// Tells this ring from every other one that a descriptor may be registered with.

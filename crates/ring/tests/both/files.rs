@@ -250,10 +250,13 @@ fn a_registered_descriptor_works_and_closes(ring: &Ring) {
 }
 
 fn a_dropped_future_keeps_its_buffer_alive(ring: &Ring) {
-    struct Owner(Box<[u8]>, Rc<Cell<bool>>);
+    struct Owner {
+        _memory: Box<[u8]>,
+        gone: Rc<Cell<bool>>,
+    }
     impl Drop for Owner {
         fn drop(&mut self) {
-            self.1.set(true);
+            self.gone.set(true);
         }
     }
     let (file, plain) = temp();
@@ -263,7 +266,7 @@ fn a_dropped_future_keeps_its_buffer_alive(ring: &Ring) {
         let mut memory = vec![0; 4096].into_boxed_slice();
         let segment = (memory.as_mut_ptr(), memory.len());
         // SAFETY: the box stays where it is until the owner is dropped.
-        let iov = unsafe { Iov::from_raw([segment], Rc::new(Owner(memory, Rc::clone(&gone)))) };
+        let iov = unsafe { Iov::from_raw([segment], Rc::new(Owner { _memory: memory, gone: Rc::clone(&gone) })) };
         let read = {
             let file = file.clone();
             let iov = iov.clone();

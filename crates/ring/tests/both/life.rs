@@ -70,7 +70,7 @@ fn posting_under_load_from_many_threads(ring: &Ring) {
                         // Lets the shard fall asleep now and then.
                         handle.call(move || async move { count.fetch_add(1, Ordering::Relaxed) }).wait().unwrap();
                     } else {
-                        handle.post(move || drop(count.fetch_add(1, Ordering::Relaxed))).unwrap();
+                        handle.post(move || _ = count.fetch_add(1, Ordering::Relaxed)).unwrap();
                     }
                 }
             });
@@ -86,7 +86,7 @@ fn a_full_inbox_blocks_others_but_not_its_own_thread(ring: &Ring) {
     // Not served yet, and far past the bound.
     for _ in 0..5000 {
         let posted = Arc::clone(&posted);
-        handle.post(move || drop(posted.fetch_add(1, Ordering::Relaxed))).unwrap();
+        handle.post(move || _ = posted.fetch_add(1, Ordering::Relaxed)).unwrap();
     }
     let through = Arc::new(AtomicBool::new(false));
     let other = {
@@ -193,7 +193,7 @@ fn a_stopped_shard_is_closed(ring: &Ring) {
     let forever = handle.call(|| async { pending::<()>().await });
     // Waits for room in an inbox that nobody will empty.
     let (gate, hold) = std::sync::mpsc::channel::<()>();
-    handle.post(move || drop(hold.recv())).unwrap();
+    handle.post(move || _ = hold.recv()).unwrap();
     let stuck: Vec<_> = (0..4)
         .map(|_| {
             let handle = handle.clone();
@@ -243,7 +243,7 @@ fn dropping_a_ring_drops_what_is_left(ring: &Ring) {
         for _ in 0..10 {
             let held = Rc::clone(&held);
             drop(spawn(async move {
-                struct SpawnsInDrop(#[expect(dead_code, reason = "held")] Rc<()>);
+                struct SpawnsInDrop(Rc<()>);
                 impl Drop for SpawnsInDrop {
                     fn drop(&mut self) {
                         // It must neither run nor leak.

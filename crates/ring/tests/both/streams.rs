@@ -3,7 +3,7 @@
 use ring::{Events, File, Iov, Ring, sleep, spawn, timeout, yield_now};
 use std::io::{self, Read, Write};
 use std::net::{TcpListener, TcpStream};
-use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::time::Duration;
 
@@ -25,7 +25,7 @@ on_both! {
 }
 
 /// Far longer than anything here takes; a test that gets there has failed.
-const LONG: Duration = Duration::from_secs(60);
+const LONG: Duration = Duration::from_mins(1);
 
 fn pair() -> (File, UnixStream) {
     let (ours, theirs) = UnixStream::pair().unwrap();

@@ -87,8 +87,8 @@ fn a_timeout_drops_the_future(ring: &Ring) {
         let held = Rc::new(());
         let inside = Rc::clone(&held);
         let late = timeout(Duration::from_millis(1), async move {
-            let _inside = inside;
             pending::<()>().await;
+            drop(inside);
         });
         assert_eq!(late.await, None);
         assert_eq!(Rc::strong_count(&held), 1);
@@ -104,8 +104,8 @@ fn cancelling_drops_now(ring: &Ring) {
         let start = || {
             let held = Rc::clone(&held);
             spawn(async move {
-                let _held = held;
                 pending::<()>().await;
+                drop(held);
             })
         };
         let unstarted = start();
@@ -126,11 +126,11 @@ fn cancelling_drops_now(ring: &Ring) {
         let task = {
             let (slot, held) = (Rc::clone(&slot), Rc::clone(&held));
             spawn(async move {
-                let _held = held;
                 if let Some(me) = slot.take() {
                     me.cancel();
                 }
                 pending::<()>().await;
+                drop(held);
             })
         };
         *slot.borrow_mut() = Some(task);
@@ -247,20 +247,20 @@ fn a_panic_of_blocking_work_goes_on_here(ring: &Ring) {
 
 fn tasks_left_over_go_on_later(ring: &Ring) {
     let steps = Rc::new(Cell::new(0));
-    let task = ring.block_on(async {
+    let mut task = None;
+    ring.block_on(async {
         let steps = Rc::clone(&steps);
-        spawn(async move {
+        task = Some(spawn(async move {
             loop {
                 steps.set(steps.get() + 1);
                 yield_now().await;
             }
-        })
+        }));
     });
     assert_eq!(steps.get(), 0);
     ring.block_on(yield_now());
     assert!(steps.get() > 0);
-    task.cancel();
-    ring.block_on(yield_now());
+    task.unwrap().cancel();
     assert_eq!(Rc::strong_count(&steps), 1);
 }
 
