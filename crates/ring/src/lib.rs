@@ -13,6 +13,7 @@
 //! whose future was dropped may or may not have moved bytes: the stream is good for nothing but closing.
 
 pub mod iov;
+pub mod lock;
 pub mod sim;
 pub mod sync;
 
