@@ -17,19 +17,13 @@ pub(crate) fn run(workspace: &Workspace, options: &Options) -> Outcome {
     workspace
         .cargo()
         .args(["build", "--release", "--package", "headwater"])
-        .args([
-            "--package",
-            "headwater-tests",
-            "--bin",
-            "headwater",
-            "--bin",
-            "headwater-bench",
-        ])
+        .args(["--package", "headwater-tests", "--bin", "headwater", "--bin", "headwater-bench"])
         .run()?;
     workspace
         .program(workspace.target.join("release").join("headwater-bench"))
+        .arg("--dir")
+        .arg(workspace.target.join("bench"))
         .args(&options.args)
         .env("HEADWATER_BIN", workspace.headwater())
-        .env("HEADWATER_BENCH_DIR", workspace.target.join("bench"))
         .run()
 }

@@ -44,11 +44,9 @@ fn main() -> ExitCode {
         Command::Peers(options) => peers::run(&workspace, &options),
         Command::Test(options) => test::run(&workspace, &options),
         Command::Bench(options) => bench::run(&workspace, &options),
-        Command::Demo { args } => workspace
-            .cargo()
-            .args(["run", "--release", "--package", "headwater", "--", "demo"])
-            .args(args)
-            .run(),
+        Command::Demo { args } => {
+            workspace.cargo().args(["run", "--release", "--package", "headwater", "--", "demo"]).args(args).run()
+        }
     });
     match done {
         Ok(()) => ExitCode::SUCCESS,

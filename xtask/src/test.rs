@@ -40,55 +40,30 @@ enum Stage {
 }
 
 pub(crate) fn run(workspace: &Workspace, options: &Options) -> Outcome {
-    let wanted = |stage| {
-        (options.only.is_empty() || options.only.contains(&stage)) && !options.skip.contains(&stage)
-    };
+    let wanted = |stage| (options.only.is_empty() || options.only.contains(&stage)) && !options.skip.contains(&stage);
     let (unit, e2e) = (wanted(Stage::Unit), wanted(Stage::E2e));
     let mut clock = Clock::default();
     if wanted(Stage::Peers) {
         clock.stage("peers", || peers_or_skips(workspace))?;
     }
     if wanted(Stage::Lint) {
-        clock.stage("format", || {
-            workspace.cargo().args(["fmt", "--all", "--check"]).run()
-        })?;
+        clock.stage("format", || workspace.cargo().args(["fmt", "--all", "--check"]).run())?;
         clock.stage("clippy", || {
             let lint = ["clippy", "--workspace", "--all-targets"];
-            workspace
-                .cargo()
-                .args(lint)
-                .args(["--", "--deny", "warnings"])
-                .run()
+            workspace.cargo().args(lint).args(["--", "--deny", "warnings"]).run()
         })?;
         clock.stage("doc", || {
-            let doc = [
-                "doc",
-                "--workspace",
-                "--no-deps",
-                "--document-private-items",
-            ];
-            workspace
-                .cargo()
-                .args(doc)
-                .env("RUSTDOCFLAGS", "--deny warnings")
-                .run()
+            let doc = ["doc", "--workspace", "--no-deps", "--document-private-items"];
+            workspace.cargo().args(doc).env("RUSTDOCFLAGS", "--deny warnings").run()
         })?;
         clock.stage("deny", || deny::run(workspace))?;
     }
     if unit {
-        clock.stage("examples", || {
-            workspace
-                .cargo()
-                .args(["test", "--workspace", "--doc", "--quiet"])
-                .run()
-        })?;
+        clock.stage("examples", || workspace.cargo().args(["test", "--workspace", "--doc", "--quiet"]).run())?;
     }
     if e2e {
         clock.stage("release build", || {
-            workspace
-                .cargo()
-                .args(["build", "--release", "--package", "headwater"])
-                .run()
+            workspace.cargo().args(["build", "--release", "--package", "headwater"]).run()
         })?;
     }
     if !unit && !e2e {

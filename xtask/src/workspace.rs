@@ -16,10 +16,7 @@ pub(crate) struct Failure {
 
 impl Failure {
     pub(crate) fn new(message: impl fmt::Display) -> Self {
-        Failure {
-            message: message.to_string(),
-            code: 1,
-        }
+        Failure { message: message.to_string(), code: 1 }
     }
 }
 
@@ -47,13 +44,7 @@ impl Workspace {
     pub(crate) fn find() -> Outcome<Self> {
         let manifest = Path::new(env!("CARGO_MANIFEST_DIR")).with_file_name("Cargo.toml");
         let asked = Command::new(cargo_program())
-            .args([
-                "metadata",
-                "--no-deps",
-                "--format-version",
-                "1",
-                "--manifest-path",
-            ])
+            .args(["metadata", "--no-deps", "--format-version", "1", "--manifest-path"])
             .arg(&manifest)
             .stderr(Stdio::inherit())
             .output()
@@ -61,18 +52,14 @@ impl Workspace {
         if !asked.status.success() {
             return Err(Failure::new("cargo metadata failed"));
         }
-        let metadata: serde_json::Value =
-            serde_json::from_slice(&asked.stdout).doing("reading cargo metadata")?;
+        let metadata: serde_json::Value = serde_json::from_slice(&asked.stdout).doing("reading cargo metadata")?;
         let path = |key: &str| {
             metadata[key]
                 .as_str()
                 .map(PathBuf::from)
                 .ok_or_else(|| Failure::new(format!("cargo metadata names no {key}")))
         };
-        Ok(Workspace {
-            root: path("workspace_root")?,
-            target: path("target_directory")?,
-        })
+        Ok(Workspace { root: path("workspace_root")?, target: path("target_directory")? })
     }
 
     /// Where downloaded and unpacked test peers are kept; several target directories may share one by `HEADWATER_PEERS`.
@@ -123,9 +110,7 @@ pub(crate) struct Run {
 
 impl Run {
     pub(crate) fn new(program: impl AsRef<OsStr>) -> Self {
-        Run {
-            command: Command::new(program),
-        }
+        Run { command: Command::new(program) }
     }
 
     pub(crate) fn arg(mut self, arg: impl AsRef<OsStr>) -> Self {
@@ -164,28 +149,15 @@ impl Run {
     }
 
     fn failed(&self, status: ExitStatus) -> Failure {
-        let code = status
-            .code()
-            .and_then(|code| u8::try_from(code).ok())
-            .unwrap_or(1);
-        Failure {
-            message: format!("{} failed ({status})", self.line()),
-            code,
-        }
+        let code = status.code().and_then(|code| u8::try_from(code).ok()).unwrap_or(1);
+        Failure { message: format!("{} failed ({status})", self.line()), code }
     }
 
     /// Runs it with our own input and output; anything but success is a failure with its exit code.
     pub(crate) fn run(mut self) -> Outcome {
         self.announce();
-        let status = self
-            .command
-            .status()
-            .doing(format!("starting {}", self.line()))?;
-        if status.success() {
-            Ok(())
-        } else {
-            Err(self.failed(status))
-        }
+        let status = self.command.status().doing(format!("starting {}", self.line()))?;
+        if status.success() { Ok(()) } else { Err(self.failed(status)) }
     }
 
     /// Runs it quietly and returns what it wrote to its standard output.

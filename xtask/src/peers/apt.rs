@@ -68,8 +68,8 @@ pub(crate) fn install_together(packages: &[&str], at_least: u32) -> Outcome {
     if all(packages, |package| Ok(enough(candidate(package)?)))? {
         return install(packages, None);
     }
-    let codename = os_release("VERSION_CODENAME")
-        .ok_or_else(|| Failure::new("/etc/os-release states no VERSION_CODENAME"))?;
+    let codename =
+        os_release("VERSION_CODENAME").ok_or_else(|| Failure::new("/etc/os-release states no VERSION_CODENAME"))?;
     let backports = format!("{codename}-backports");
     if !all(packages, |package| Ok(enough(newest(package)?)))? {
         add_backports(&codename, &backports)?;
@@ -89,32 +89,20 @@ fn all(packages: &[&str], mut holds: impl FnMut(&str) -> Outcome<bool>) -> Outco
 
 /// The major version apt would install unasked.
 fn candidate(package: &str) -> Outcome<Option<u32>> {
-    let policy = Run::new("apt-cache")
-        .args(["policy", package])
-        .env("LC_ALL", "C")
-        .read()?;
-    Ok(policy
-        .lines()
-        .find_map(|line| major(line.trim().strip_prefix("Candidate:")?)))
+    let policy = Run::new("apt-cache").args(["policy", package]).env("LC_ALL", "C").read()?;
+    Ok(policy.lines().find_map(|line| major(line.trim().strip_prefix("Candidate:")?)))
 }
 
 /// The newest major version any configured suite delivers; what merely happens to be installed does not count.
 fn newest(package: &str) -> Outcome<Option<u32>> {
     let known = Run::new("apt-cache").args(["madison", package]).read()?;
-    Ok(known
-        .lines()
-        .filter_map(|line| major(line.split('|').nth(1)?))
-        .max())
+    Ok(known.lines().filter_map(|line| major(line.split('|').nth(1)?)).max())
 }
 
 /// The major number of a Debian version: `1:10.0.2+ds-2` is 10.
 fn major(version: &str) -> Option<u32> {
     let upstream = version.trim().rsplit(':').next()?;
-    upstream
-        .split(|c: char| !c.is_ascii_digit())
-        .next()?
-        .parse()
-        .ok()
+    upstream.split(|c: char| !c.is_ascii_digit()).next()?.parse().ok()
 }
 
 fn add_backports(codename: &str, backports: &str) -> Outcome {
@@ -122,24 +110,19 @@ fn add_backports(codename: &str, backports: &str) -> Outcome {
         .into_iter()
         .find(|source| source.suites.iter().any(|suite| suite == codename))
         .ok_or_else(|| {
-            Failure::new(format!(
-                "no apt source for {codename} is configured, so none for {backports} can be derived; \
+        Failure::new(format!(
+            "no apt source for {codename} is configured, so none for {backports} can be derived; \
                  add {backports} to {SOURCES_PARTS} and run this again"
-            ))
-        })?;
+        ))
+    })?;
     let mut lines = vec![
-        "# Added by Headwater's `cargo xtask peers` for QEMU; nothing is upgraded from it unasked."
-            .to_owned(),
+        "# Added by Headwater's `cargo xtask peers` for QEMU; nothing is upgraded from it unasked.".to_owned(),
         "Types: deb".to_owned(),
         format!("URIs: {}", source.uri),
         format!("Suites: {backports}"),
         "Components: main".to_owned(),
     ];
-    lines.extend(
-        source
-            .signed_by
-            .map(|keyring| format!("Signed-By: {keyring}")),
-    );
+    lines.extend(source.signed_by.map(|keyring| format!("Signed-By: {keyring}")));
     eprintln!("peers: writing {OUR_SOURCE} ({backports} from the mirror of {codename})");
     fs::write(OUR_SOURCE, lines.join("\n") + "\n").doing(format!("writing {OUR_SOURCE}"))
 }
@@ -183,10 +166,7 @@ fn one_line_source(line: &str) -> Option<Source> {
     Some(Source {
         uri: words.next()?.to_owned(),
         suites: vec![words.next()?.to_owned()],
-        signed_by: options
-            .split_whitespace()
-            .find_map(|option| option.strip_prefix("signed-by="))
-            .map(str::to_owned),
+        signed_by: options.split_whitespace().find_map(|option| option.strip_prefix("signed-by=")).map(str::to_owned),
     })
 }
 
@@ -204,8 +184,7 @@ fn stanza_sources(text: &str) -> Vec<Source> {
     let field = |stanza: &[&str], name: &str| {
         stanza.iter().find_map(|line| {
             let (key, value) = line.split_once(':')?;
-            key.eq_ignore_ascii_case(name)
-                .then(|| value.trim().to_owned())
+            key.eq_ignore_ascii_case(name).then(|| value.trim().to_owned())
         })
     };
     stanzas
@@ -215,10 +194,7 @@ fn stanza_sources(text: &str) -> Vec<Source> {
         .filter_map(|stanza| {
             Some(Source {
                 uri: field(stanza, "URIs")?.split_whitespace().next()?.to_owned(),
-                suites: field(stanza, "Suites")?
-                    .split_whitespace()
-                    .map(str::to_owned)
-                    .collect(),
+                suites: field(stanza, "Suites")?.split_whitespace().map(str::to_owned).collect(),
                 signed_by: field(stanza, "Signed-By").filter(|keyring| keyring.starts_with('/')),
             })
         })
@@ -259,27 +235,15 @@ mod tests {
     #[test]
     fn one_line_entries_are_read() {
         assert_eq!(
-            one_line_source(
-                "deb [arch=amd64 signed-by=/k.gpg] http://mirror.example/debian trixie main"
-            ),
-            Some(source(
-                "http://mirror.example/debian",
-                &["trixie"],
-                Some("/k.gpg")
-            ))
+            one_line_source("deb [arch=amd64 signed-by=/k.gpg] http://mirror.example/debian trixie main"),
+            Some(source("http://mirror.example/debian", &["trixie"], Some("/k.gpg")))
         );
         assert_eq!(
             one_line_source("deb http://mirror.example/debian trixie main"),
             Some(source("http://mirror.example/debian", &["trixie"], None))
         );
-        assert_eq!(
-            one_line_source("# deb http://mirror.example/debian trixie"),
-            None
-        );
-        assert_eq!(
-            one_line_source("deb-src http://mirror.example/debian trixie"),
-            None
-        );
+        assert_eq!(one_line_source("# deb http://mirror.example/debian trixie"), None);
+        assert_eq!(one_line_source("deb-src http://mirror.example/debian trixie"), None);
     }
 
     #[test]

@@ -18,9 +18,7 @@ fn place(workspace: &Workspace) -> PathBuf {
 pub(crate) fn look(workspace: &Workspace) -> Option<Missing> {
     let boot = place(workspace).join("boot");
     let there = fs::read_dir(boot).is_ok_and(|entries| {
-        entries
-            .flatten()
-            .any(|entry| entry.file_name().to_string_lossy().starts_with("vmlinuz-"))
+        entries.flatten().any(|entry| entry.file_name().to_string_lossy().starts_with("vmlinuz-"))
     });
     (!there).then(|| Missing {
         what: "guest kernel".to_owned(),
@@ -42,9 +40,7 @@ pub(crate) fn fetch(workspace: &Workspace) -> Outcome {
         .lines()
         .find_map(|line| {
             let package = line.trim().strip_prefix("Depends: ")?;
-            package
-                .starts_with("linux-image-")
-                .then(|| package.to_owned())
+            package.starts_with("linux-image-").then(|| package.to_owned())
         })
         .ok_or_else(|| Failure::new(format!("apt knows no kernel behind {META_PACKAGE}")))?;
     let place = place(workspace);
@@ -53,22 +49,12 @@ pub(crate) fn fetch(workspace: &Workspace) -> Outcome {
     fs::create_dir_all(&work).doing(format!("making {}", work.display()))?;
     // Run as the user we are: apt's own unprivileged user cannot write into the target directory.
     Run::new("apt-get")
-        .args([
-            "--quiet=2",
-            "--option",
-            "APT::Sandbox::User=root",
-            "download",
-            &image,
-        ])
+        .args(["--quiet=2", "--option", "APT::Sandbox::User=root", "download", &image])
         .dir(&work)
         .run()?;
     let package = only_package(&work)?;
     let unpacked = work.join("unpacked");
-    Run::new("dpkg-deb")
-        .arg("--extract")
-        .arg(&package)
-        .arg(&unpacked)
-        .run()?;
+    Run::new("dpkg-deb").arg("--extract").arg(&package).arg(&unpacked).run()?;
     let _ = fs::remove_dir_all(&place);
     fs::rename(&unpacked, &place).doing(format!("moving the kernel to {}", place.display()))?;
     fs::remove_dir_all(&work).doing(format!("removing {}", work.display()))?;

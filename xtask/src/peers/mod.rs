@@ -18,12 +18,7 @@ use crate::workspace::{Failure, Outcome, Run, Workspace, find_program};
 const QEMU_AT_LEAST: (u32, u32) = (10, 0);
 
 /// QEMU's Debian packages. They must be of one version, so they are always installed together.
-const QEMU_PACKAGES: [&str; 4] = [
-    "qemu-system-x86",
-    "qemu-system-common",
-    "qemu-block-extra",
-    "qemu-utils",
-];
+const QEMU_PACKAGES: [&str; 4] = ["qemu-system-x86", "qemu-system-common", "qemu-block-extra", "qemu-utils"];
 
 #[derive(Args, Default)]
 pub(crate) struct Options {
@@ -47,18 +42,10 @@ const fn program(name: &'static str, package: &'static str, why: &'static str) -
 }
 
 const PROGRAMS: [Program; 16] = [
-    program(
-        "qemu-img",
-        "qemu-utils",
-        "makes, checks and compares images",
-    ),
+    program("qemu-img", "qemu-utils", "makes, checks and compares images"),
     program("qemu-io", "qemu-utils", "reads and writes images"),
     program("qemu-nbd", "qemu-utils", "an NBD server to read from"),
-    program(
-        "qemu-storage-daemon",
-        "qemu-utils",
-        "the other side of the bench",
-    ),
+    program("qemu-storage-daemon", "qemu-utils", "the other side of the bench"),
     program("qemu-system-x86_64", "qemu-system-x86", "runs the guests"),
     program("nbdkit", "nbdkit", "an NBD server with delays and errors"),
     program("nbdinfo", "libnbd-bin", "an NBD client of other hands"),
@@ -90,9 +77,7 @@ pub(crate) fn run(workspace: &Workspace, options: &Options) -> Outcome {
     }
     let can_install = apt::can_install();
     if options.install || (!options.check && can_install.is_ok()) {
-        can_install.map_err(|why| {
-            Failure::new(format!("cannot install: {why}\n{}", describe(&missing)))
-        })?;
+        can_install.map_err(|why| Failure::new(format!("cannot install: {why}\n{}", describe(&missing))))?;
         install(workspace, &missing)?;
         missing = look(workspace);
         if missing.is_empty() {
@@ -105,10 +90,7 @@ pub(crate) fn run(workspace: &Workspace, options: &Options) -> Outcome {
 
 fn describe(missing: &[Missing]) -> String {
     let mut text = format!("{} test peers are missing:", missing.len());
-    for Missing {
-        what, why, remedy, ..
-    } in missing
-    {
+    for Missing { what, why, remedy, .. } in missing {
         // Writing to a String cannot fail.
         let _ = write!(text, "\n  {what} ({why}): {remedy}");
     }
@@ -149,25 +131,17 @@ fn look(workspace: &Workspace) -> Vec<Missing> {
 
 /// The version `qemu-img` states, if it is there and states one.
 fn qemu_version() -> Option<(u32, u32)> {
-    let text = Run::new(find_program("qemu-img")?)
-        .arg("--version")
-        .read()
-        .ok()?;
+    let text = Run::new(find_program("qemu-img")?).arg("--version").read().ok()?;
     let version = text.strip_prefix("qemu-img version ")?;
     let mut numbers = version.split(|c: char| !c.is_ascii_digit()).map(str::parse);
     Some((numbers.next()?.ok()?, numbers.next()?.ok()?))
 }
 
 fn install(workspace: &Workspace, missing: &[Missing]) -> Outcome {
-    let mut packages: Vec<&str> = missing
-        .iter()
-        .filter_map(|missing| missing.package)
-        .collect();
+    let mut packages: Vec<&str> = missing.iter().filter_map(|missing| missing.package).collect();
     packages.sort_unstable();
     packages.dedup();
-    let needs_qemu = packages
-        .iter()
-        .any(|package| QEMU_PACKAGES.contains(package));
+    let needs_qemu = packages.iter().any(|package| QEMU_PACKAGES.contains(package));
     packages.retain(|package| !QEMU_PACKAGES.contains(package));
     if kernel::look(workspace).is_some() || !packages.is_empty() || needs_qemu {
         apt::update()?;

@@ -19,28 +19,14 @@ pub(super) fn run(workspace: &Workspace) -> Outcome {
             return Ok(());
         }
     };
-    workspace
-        .program(program)
-        .args([
-            "--log-level",
-            "error",
-            "check",
-            "licenses",
-            "bans",
-            "sources",
-        ])
-        .run()
+    workspace.program(program).args(["--log-level", "error", "check", "licenses", "bans", "sources"]).run()
 }
 
 /// Outlives the target directory, so that a clean checkout need not build it again.
 fn tools() -> PathBuf {
-    let cache = std::env::var_os("XDG_CACHE_HOME").map_or_else(
-        || PathBuf::from(std::env::var_os("HOME").unwrap_or_default()).join(".cache"),
-        PathBuf::from,
-    );
-    cache
-        .join("headwater")
-        .join(format!("cargo-deny-{VERSION}"))
+    let cache = std::env::var_os("XDG_CACHE_HOME")
+        .map_or_else(|| PathBuf::from(std::env::var_os("HOME").unwrap_or_default()).join(".cache"), PathBuf::from);
+    cache.join("headwater").join(format!("cargo-deny-{VERSION}"))
 }
 
 fn cached() -> Option<PathBuf> {
@@ -53,13 +39,7 @@ fn install(workspace: &Workspace) -> Outcome<PathBuf> {
     // Speed of the tool is nothing beside the minutes its optimised build takes.
     workspace
         .cargo()
-        .args([
-            "install",
-            "--locked",
-            "--debug",
-            "--no-default-features",
-            "--root",
-        ])
+        .args(["install", "--locked", "--debug", "--no-default-features", "--root"])
         .arg(&tools)
         .arg(format!("cargo-deny@{VERSION}"))
         .run()?;

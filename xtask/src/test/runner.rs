@@ -66,9 +66,7 @@ pub(super) fn run(
     eprintln!("\n== test build");
     let clock = Instant::now();
     if nextest {
-        start(&["nextest", "run", "--no-run"])
-            .args(runner_config(workspace))
-            .run()?;
+        start(&["nextest", "run", "--no-run"]).args(runner_config(workspace)).run()?;
     } else {
         start(&["test", "--lib", "--bins", "--tests", "--no-run"]).run()?;
     }
@@ -76,14 +74,9 @@ pub(super) fn run(
     eprintln!("\n== tests");
     let clock = Instant::now();
     let summary = if nextest {
-        let colour = if std::io::stderr().is_terminal() {
-            "always"
-        } else {
-            "never"
-        };
-        let run = start(&["nextest", "run", "--no-tests=pass", "--color", colour])
-            .args(runner_config(workspace))
-            .args(extra);
+        let colour = if std::io::stderr().is_terminal() { "always" } else { "never" };
+        let run =
+            start(&["nextest", "run", "--no-tests=pass", "--color", colour]).args(runner_config(workspace)).args(extra);
         // From its last "Summary" line on, nextest repeats what failed; that is the part to close with.
         watch(run, Stream::Errors, |kept, line| {
             if line.contains("Summary [") {
@@ -94,12 +87,9 @@ pub(super) fn run(
             }
         })?
     } else {
-        let run = start(&["test", "--no-fail-fast", "--lib", "--bins", "--tests"])
-            .arg("--")
-            .args(extra);
+        let run = start(&["test", "--no-fail-fast", "--lib", "--bins", "--tests"]).arg("--").args(extra);
         watch(run, Stream::Output, |kept, line| {
-            if line.starts_with("test result:") && !line.contains(" 0 passed; 0 failed; 0 ignored")
-            {
+            if line.starts_with("test result:") && !line.contains(" 0 passed; 0 failed; 0 ignored") {
                 kept.push(line.to_owned());
             }
         })?
@@ -128,14 +118,8 @@ fn watch(mut run: Run, stream: Stream, keep: impl Fn(&mut Vec<String>, &str)) ->
         Stream::Errors => run.command.stderr(Stdio::piped()),
     };
     let mut child = run.command.spawn().doing(format!("starting {line}"))?;
-    let output = child
-        .stdout
-        .take()
-        .map(|output| Box::new(output) as Box<dyn Read>);
-    let errors = child
-        .stderr
-        .take()
-        .map(|errors| Box::new(errors) as Box<dyn Read>);
+    let output = child.stdout.take().map(|output| Box::new(output) as Box<dyn Read>);
+    let errors = child.stderr.take().map(|errors| Box::new(errors) as Box<dyn Read>);
     let mut lines = Vec::new();
     if let Some(piped) = output.or(errors) {
         for text in BufReader::new(piped).split(b'\n') {
@@ -146,10 +130,6 @@ fn watch(mut run: Run, stream: Stream, keep: impl Fn(&mut Vec<String>, &str)) ->
         }
     }
     let status = child.wait().doing(format!("waiting for {line}"))?;
-    let outcome = if status.success() {
-        Ok(())
-    } else {
-        Err(Failure::new(format!("tests failed ({status})")))
-    };
+    let outcome = if status.success() { Ok(()) } else { Err(Failure::new(format!("tests failed ({status})"))) };
     Ok(Summary { lines, outcome })
 }
