@@ -178,19 +178,24 @@ impl Iov {
     /// This followed by `tail`, sharing memory with both. Parts that lie side by side become one segment again.
     pub fn join(&self, tail: &Iov) -> Self {
         let mut whole = self.clone();
+        whole.append(tail);
+        whole
+    }
+
+    /// Makes `tail` the end of this list, sharing its memory: [`Iov::join`] in place, for lists of many parts.
+    pub fn append(&mut self, tail: &Iov) {
         for segment in &tail.segments {
-            match whole.segments.last_mut() {
+            match self.segments.last_mut() {
                 Some(last)
                     if last.start.as_ptr() as usize + last.len == segment.start.as_ptr() as usize
                         && last.owner.same(&segment.owner) =>
                 {
                     last.len += segment.len;
                 }
-                _ => whole.segments.push(segment.clone()),
+                _ => self.segments.push(segment.clone()),
             }
         }
-        whole.len = self.len.checked_add(tail.len).expect("segments that fit the address space");
-        whole
+        self.len = self.len.checked_add(tail.len).expect("segments that fit the address space");
     }
 
     /// Whether every segment's address and length is a multiple of `unit`.
