@@ -2,10 +2,17 @@
 //!
 //! Opening what a header names is a decision about somebody else's string, so it goes through an [`Opener`].
 
+use crate::names::{self, Name};
 use futures_util::future::LocalBoxFuture;
-use image::{Format, Image, Result};
+use image::{Error, ErrorKind, Format, Image, OpenOptions, Result};
+use std::collections::HashSet;
 use std::rc::Rc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use store::Store;
+use store::file::FileStore;
+
+/// More layers than this are a mistake (or an attack): nobody's reads should go through so many files.
+pub const MAX_DEPTH: usize = 200;
 
 /// One image of a chain.
 #[derive(Clone)]
@@ -35,9 +42,14 @@ pub struct ChainOptions {
 
 /// Opens the stores that names stand for.
 pub trait Opener {
-    /// Opens `name`; a relative one is relative to the folder of `referrer` (the name of the image that names it, if any).
-    /// Everything below the top is opened read-only.
-    fn open<'a>(&'a self, name: &'a str, referrer: Option<&'a str>, read_only: bool) -> LocalBoxFuture<'a, Result<Rc<dyn Store>>>;
+    /// Opens `name`; a relative one is relative to the folder of `referrer` (the image that names it, if any, by its store's
+    /// name: as it was opened). Everything below the top is opened read-only.
+    fn open<'a>(
+        &'a self,
+        name: &'a str,
+        referrer: Option<&'a str>,
+        read_only: bool,
+    ) -> LocalBoxFuture<'a, Result<Rc<dyn Store>>>;
 
     /// The name that identifies what `name` (seen from `referrer`) stands for, to find cycles: a canonical path or URL.
     fn identify(&self, name: &str, referrer: Option<&str>) -> String;
@@ -53,21 +65,109 @@ pub struct FileOpener {
 }
 
 impl Opener for FileOpener {
-    fn open<'a>(&'a self, name: &'a str, referrer: Option<&'a str>, read_only: bool) -> LocalBoxFuture<'a, Result<Rc<dyn Store>>> {
-        let _ = (name, referrer, read_only);
-        todo!()
+    fn open<'a>(
+        &'a self,
+        name: &'a str,
+        referrer: Option<&'a str>,
+        read_only: bool,
+    ) -> LocalBoxFuture<'a, Result<Rc<dyn Store>>> {
+        Box::pin(async move {
+            let local = match names::parse(name) {
+                Name::Local(local) => local,
+                Name::Remote(protocol) => {
+                    let what = format!(
+                        "'{protocol}' is not a protocol this Headwater can open (for a file of that name write './{name}')"
+                    );
+                    return Err(Error::new(ErrorKind::Unsupported, name, None, what));
+                }
+            };
+            let mut options = if referrer.is_none() { self.top.clone() } else { self.below.clone() };
+            options.read_only |= read_only || referrer.is_some();
+            let store = FileStore::open(&names::resolve(local, referrer), options).await?;
+            Ok(store as Rc<dyn Store>)
+        })
     }
 
     fn identify(&self, name: &str, referrer: Option<&str>) -> String {
-        let _ = (name, referrer);
-        todo!()
+        let Name::Local(local) = names::parse(name) else { return name.to_owned() };
+        let path = names::resolve(local, referrer);
+        let real = path.canonicalize().or_else(|_| std::path::absolute(&path)).unwrap_or(path);
+        real.to_string_lossy().into_owned()
     }
 }
 
-/// Opens `name` and everything below it. Cycles, missing files and chains deeper than 200 are errors that name the image
-/// whose header refers to the culprit. A backing reference without a format is probed only where the format's own
-/// rules say so (QED without its no-probe bit).
+/// Opens `name` and everything below it. Cycles, missing files and chains deeper than [`MAX_DEPTH`] are errors that name
+/// the image whose header refers to the culprit. A backing reference without a format is probed only where the format's
+/// own rules say so (QED without its no-probe bit).
 pub async fn open_chain(opener: &dyn Opener, name: &str, options: ChainOptions) -> Result<Vec<Layer>> {
-    let _ = (opener, name, options);
-    todo!()
+    let mut layers = Vec::new();
+    match open_layers(opener, name, &options, &mut layers).await {
+        Ok(()) => Ok(layers),
+        Err(error) => {
+            // Locks are not kept on images of a chain that is not put together.
+            for layer in &layers {
+                let _ = layer.image.close().await;
+            }
+            Err(error)
+        }
+    }
+}
+
+async fn open_layers(opener: &dyn Opener, name: &str, options: &ChainOptions, layers: &mut Vec<Layer>) -> Result<()> {
+    let top_options = OpenOptions { read_only: options.read_only, for_check: options.for_check };
+    let image = open_one(opener, name, None, options.format, top_options).await?;
+    let mut seen = HashSet::from([opener.identify(name, None)]);
+    let node = options.node.clone().unwrap_or_else(new_node_name);
+    layers.push(Layer { node, name: name.to_owned(), image });
+    if options.no_backing {
+        return Ok(());
+    }
+    let below_options = OpenOptions { read_only: true, for_check: false };
+    while let Some(above) = layers.last().map(|layer| Rc::clone(&layer.image)) {
+        let Some(backing) = above.backing() else { return Ok(()) };
+        let referrer = above.store().name();
+        let refuse = |what: String| Error::new(ErrorKind::Chain, referrer, None, what);
+        if layers.len() >= MAX_DEPTH {
+            return Err(refuse(format!("the chain of backing files is longer than {MAX_DEPTH} images")));
+        }
+        if !seen.insert(opener.identify(&backing.name, Some(referrer))) {
+            return Err(refuse(format!(
+                "its backing file '{}' is above it in the same chain: the chain bites its own tail; rebase one of them",
+                backing.name
+            )));
+        }
+        let image = open_one(opener, &backing.name, Some(referrer), backing.format, below_options)
+            .await
+            .map_err(|e| refuse(format!("could not open its backing file '{}'", backing.name)).because(e))?;
+        layers.push(Layer { node: new_node_name(), name: backing.name, image });
+    }
+    Ok(())
+}
+
+async fn open_one(
+    opener: &dyn Opener,
+    name: &str,
+    referrer: Option<&str>,
+    format: Option<Format>,
+    options: OpenOptions,
+) -> Result<Rc<dyn Image>> {
+    let store = opener.open(name, referrer, options.read_only).await?;
+    let opened = async {
+        let format = match format {
+            Some(format) => format,
+            None => image::probe::probe(&*store).await?,
+        };
+        image::open(Rc::clone(&store), format, options).await
+    };
+    let result = opened.await;
+    if result.is_err() {
+        let _ = store.close().await;
+    }
+    result
+}
+
+/// A node name that nobody else in this process has. QEMU's look alike; `#` keeps them apart from users' own.
+fn new_node_name() -> String {
+    static NEXT: AtomicU64 = AtomicU64::new(0);
+    format!("#block{:03}", NEXT.fetch_add(1, Ordering::Relaxed))
 }

@@ -13,12 +13,34 @@
 
 pub mod chain;
 
+mod background;
+mod disk;
+mod fetch;
+mod flush;
+mod gate;
+mod hold;
+mod locks;
+mod missing;
+mod names;
+mod pieces;
+mod populate;
+mod read;
+mod resize;
+mod shield;
+mod stats;
+mod status;
 mod stream;
+mod view;
+mod write;
+mod zero;
 
 pub use chain::{ChainOptions, FileOpener, Layer, Opener};
 pub use image::{Error, ErrorKind, Result};
-pub use stream::{Copied, Missing, StreamBase};
+pub use stream::{Claim, Copied, Missing, StreamBase};
 
+use crate::disk::Inner;
+use crate::shield::shield;
+use crate::stats::Request;
 use layout::{GuestOffset, GuestRange};
 use ring::Iov;
 use std::rc::Rc;
@@ -47,11 +69,12 @@ pub struct Status {
     pub len: u64,
     /// Reads as zeros for certain.
     pub zero: bool,
-    /// Some layer has it allocated (for raw: not a hole in the file).
+    /// Some layer decides it (`present` in `qemu-img map`): as data, as explicit zeros, or, in a raw file, as a hole.
+    /// Bytes are stored where this is true and `zero` is not.
     pub allocated: bool,
-    /// Index of the layer that decides, 0 the top; the chain's length if none.
+    /// Index of the layer that decides, 0 the top; of the last one that reaches so far if none does.
     pub depth: usize,
-    /// Where the bytes are in that layer's store, if they are data.
+    /// The place in that layer's store (of a raw file's holes too).
     pub host: Option<layout::HostOffset>,
 }
 
@@ -82,151 +105,223 @@ pub struct Stats {
     pub wr_highest_offset: u64,
 }
 
-/// A virtual machine's disk. Lives on one shard; every method is called there.
+/// A virtual machine's disk. Lives on one shard; every method is called there, and every future of it is dropped there.
+///
+/// **Cancellation.** Dropping the future of a request that changes something (write, zero, discard, populate, resize, finish)
+/// gives up the answer: the request goes on to its end. Dropping a read leaves its memory to operations in flight, as
+/// [`ring`] says.
 pub struct Disk {
-    _todo: Rc<()>,
+    inner: Rc<Inner>,
 }
 
 impl Disk {
-    /// Puts a disk over an opened chain (top first).
+    /// Puts a disk over an opened chain (top first, not empty).
     pub fn new(name: &str, chain: Vec<Layer>, options: DiskOptions) -> Rc<Self> {
-        let _ = (name, chain, options);
-        todo!()
+        Rc::new(Self { inner: Inner::new(name, chain, options) })
     }
 
     /// Its name (`device` in QMP).
     pub fn name(&self) -> &str {
-        todo!()
+        &self.inner.name
     }
 
     /// Size in bytes.
     pub fn size(&self) -> u64 {
-        todo!()
+        self.inner.top.size()
     }
 
-    /// Whether guests may not write.
+    /// Whether guests may not write: the top was opened read-only, or without the backing file it names.
     pub fn read_only(&self) -> bool {
-        todo!()
+        self.inner.read_only()
     }
 
     /// How it behaves now.
     pub fn options(&self) -> DiskOptions {
-        todo!()
+        self.inner.options.get()
     }
 
     /// Turns copy-on-read on or off.
     pub fn set_copy_on_read(&self, on: bool) {
-        let _ = on;
-        todo!()
+        self.inner.options.set(DiskOptions { copy_on_read: on, ..self.inner.options.get() });
     }
 
     /// Alignment (bytes, a power of two) below which requests cost a read-modify-write.
     pub fn request_alignment(&self) -> u32 {
-        todo!()
+        self.inner.top.store().limits().offset_align
     }
 
     /// The layers now, top first.
     pub fn chain(&self) -> Rc<[Layer]> {
-        todo!()
+        Rc::clone(&self.inner.view().layers)
     }
 
     /// Counters.
     pub fn stats(&self) -> Stats {
-        todo!()
+        self.inner.counters.get()
     }
 
-    /// Reads `into.len()` bytes at `at`. Any alignment. Past the end: [`ErrorKind::InvalidArgument`].
+    /// Reads `into.len()` bytes at `at`. Any alignment. Past the end: [`ErrorKind::InvalidArgument`]. While a source below
+    /// does not answer ([`Error::is_unavailable`]) the request is held.
     pub async fn read(&self, at: GuestOffset, into: Iov) -> Result<()> {
-        let _ = (at, into);
-        todo!()
+        let len = into.len() as u64;
+        self.counted(Request::Read, len, async {
+            let _inside = self.inner.enter()?;
+            let range = self.inner.check_range(at, len)?;
+            self.inner.read(range, into).await
+        })
+        .await
     }
 
-    /// Writes `from` at `at`; with `fua` it is durable when it returns.
+    /// Writes `from` at `at`; with `fua` it is durable when it returns. Where only part of a cluster is written that lies
+    /// below so far, the rest is fetched (and held, as a read is).
     pub async fn write(&self, at: GuestOffset, from: Iov, fua: bool) -> Result<()> {
-        let _ = (at, from, fua);
-        todo!()
+        let len = from.len() as u64;
+        let inner = Rc::clone(&self.inner);
+        let work = shield(async move {
+            let _inside = inner.enter()?;
+            inner.check_writable()?;
+            let range = inner.check_range(at, len)?;
+            inner.write(range, from, fua).await
+        });
+        self.counted(Request::Write, len, work).await
     }
 
     /// Makes the range read as zeros; `unmap` allows giving space back.
     pub async fn write_zeroes(&self, range: GuestRange, unmap: bool, fua: bool) -> Result<()> {
-        let _ = (range, unmap, fua);
-        todo!()
+        let inner = Rc::clone(&self.inner);
+        let work = shield(async move {
+            let _inside = inner.enter()?;
+            inner.check_writable()?;
+            let range = inner.check_range(range.start(), range.len())?;
+            inner.write_zeroes(range, unmap, fua).await
+        });
+        self.counted(Request::Write, range.len(), work).await
     }
 
     /// Gives the space of whole clusters back; they read as zeros afterwards (what lies below never shows through again);
-    /// parts of clusters are left as they are. A hint.
+    /// parts of clusters are left as they are. A hint: without [`DiskOptions::discard`] nothing happens.
     pub async fn discard(&self, range: GuestRange) -> Result<()> {
-        let _ = range;
-        todo!()
+        let inner = Rc::clone(&self.inner);
+        let work = shield(async move {
+            let _inside = inner.enter()?;
+            inner.check_writable()?;
+            let range = inner.check_range(range.start(), range.len())?;
+            inner.discard(range).await
+        });
+        self.counted(Request::Unmap, range.len(), work).await
     }
 
     /// Makes every completed write durable. Concurrent flushes share barriers. Allowed on a read-only disk.
     pub async fn flush(&self) -> Result<()> {
-        todo!()
+        self.counted(Request::Flush, 0, async {
+            let _inside = self.inner.enter()?;
+            self.inner.commit().await
+        })
+        .await
     }
 
-    /// The first run of `range` (not empty), all alike.
+    /// The first run of `range` (not empty, within the disk), all alike.
     pub async fn status(&self, range: GuestRange) -> Result<Status> {
-        let _ = range;
-        todo!()
+        let _inside = self.inner.enter()?;
+        let range = self.inner.check_range(range.start(), range.len())?;
+        self.inner.status(range).await
     }
 
-    /// Fetches what of `range` is not in the top image yet and keeps it there (NBD's cache request).
+    /// Fetches what of `range` is not in the top image yet and keeps it there (NBD's cache request). Nothing happens where
+    /// there is nothing to keep it in (a read-only disk).
     pub async fn prefetch(&self, range: GuestRange) -> Result<()> {
-        let _ = range;
-        todo!()
+        let range = self.inner.check_range(range.start(), range.len())?;
+        if !self.inner.read_only() {
+            self.populate(range, &StreamBase::Nothing).await?;
+        }
+        Ok(())
     }
 
     /// Grows the disk; what is new reads as zeros even over a longer backing file. [`ErrorKind::Busy`] while a job runs.
     pub async fn resize(&self, size: u64) -> Result<()> {
-        let _ = size;
-        todo!()
+        let inner = Rc::clone(&self.inner);
+        shield(async move {
+            let _inside = inner.enter()?;
+            inner.resize(size).await
+        })
+        .await
     }
 
     /// Waits for guest requests in flight, stops background work, settles and closes every layer. Further requests fail.
+    /// Requests that are held for want of a source fail with its error. The first failure is reported; all is closed anyway.
     pub async fn close(&self) -> Result<()> {
-        todo!()
+        let inner = Rc::clone(&self.inner);
+        shield(async move {
+            inner.gate.close();
+            inner.gate.empty().await;
+            let mut closed = inner.closed.lock().await;
+            if let Some(outcome) = &*closed {
+                return outcome.clone();
+            }
+            let mut outcome = Ok(());
+            for layer in inner.view().layers.iter() {
+                outcome = outcome.and(layer.image.close().await);
+            }
+            *closed = Some(outcome.clone());
+            outcome
+        })
+        .await
+    }
+
+    /// Runs a guest's request and counts it.
+    async fn counted(&self, request: Request, bytes: u64, work: impl Future<Output = Result<()>>) -> Result<()> {
+        let began = ring::now();
+        let result = work.await;
+        self.inner.counters.ended(request, bytes, began, &result);
+        result
     }
 }
 
-/// What a job needs of a disk (implemented by [`Disk`]; see [`stream`]).
+/// What a job needs of a disk.
 impl Disk {
     /// The first run at or after `from` that a stream above `base` still has to bring in (or mask with zeros); `None` when
-    /// nothing is left up to the disk's end. Holes below are skipped, except where `base` would show through.
+    /// nothing is left up to the disk's end. Holes below are skipped, except where `base` would show through. A long run may
+    /// be handed out in several parts.
     pub async fn next_missing(&self, from: GuestOffset, base: &StreamBase) -> Result<Option<Missing>> {
-        let _ = (from, base);
-        todo!()
+        let _inside = self.inner.enter()?;
+        self.inner.next_missing(from, base).await
     }
 
     /// Brings `range` in from above `base`: fetch, detect zeros, write where still unallocated, link. Single-flight with
-    /// copy-on-read. Not durable before the next flush.
+    /// copy-on-read. Not durable before the next flush. What guests are writing at that moment is waited for and looked at
+    /// again. A source that does not answer is an error here ([`Error::is_unavailable`]).
     pub async fn populate(&self, range: GuestRange, base: &StreamBase) -> Result<Copied> {
-        let _ = (range, base);
-        todo!()
+        let inner = Rc::clone(&self.inner);
+        let base = base.clone();
+        shield(async move {
+            let _inside = inner.enter()?;
+            inner.check_writable()?;
+            inner.populate(range, &base).await
+        })
+        .await
     }
 
     /// Publishes the end of a stream: everything durable, then the top's header refers to `base` (recorded as
     /// `backing_name` if given, else as it was known in the chain) or to nothing, durably; then the layers between are let
     /// go. Refuses ([`ErrorKind::Busy`]) if something is still missing above `base`.
     pub async fn finish_stream(&self, base: &StreamBase, backing_name: Option<&str>) -> Result<()> {
-        let _ = (base, backing_name);
-        todo!()
+        let inner = Rc::clone(&self.inner);
+        let (base, backing_name) = (base.clone(), backing_name.map(str::to_owned));
+        shield(async move {
+            let _inside = inner.enter()?;
+            inner.check_writable()?;
+            inner.finish_stream(&base, backing_name.as_deref()).await
+        })
+        .await
     }
 
     /// Finds a layer below the top by the name of its file (as recorded or as opened) or by its node name.
     pub fn find_base(&self, name: &str) -> Option<StreamBase> {
-        let _ = name;
-        todo!()
+        self.inner.find_base(name)
     }
 
     /// Takes the disk for a job (one at a time); given back when the token is dropped. [`ErrorKind::Busy`] otherwise.
     pub fn claim(&self, job: &str) -> Result<Claim> {
-        let _ = job;
-        todo!()
+        Claim::take(&self.inner, job)
     }
-}
-
-/// A job's hold on a disk.
-pub struct Claim {
-    _todo: Rc<()>,
 }

@@ -1,0 +1,143 @@
+//! What a stream still has to do: a walk over the maps, none over data.
+//!
+//! A cluster of the top is **missing** above a base when the top has nothing of it and either a layer above the base has some of
+//! it (copy), or it reads as zeros that the layers above the base make (an explicit zero, the end of a short layer) while the
+//! base has bytes there that would show through once those layers are gone (mask). Without a base nothing can ever show
+//! through, so zeros are not missing.
+//!
+//! The walk costs look-ups, not bytes: one a run of equal mapping, whatever its length.
+
+use crate::disk::Inner;
+use crate::view::{Found, View, mapped};
+use crate::{Missing, StreamBase};
+use image::{Error, ErrorKind, Mapping, Result};
+use layout::{GuestOffset, GuestRange};
+use std::rc::Rc;
+use store::Backing;
+
+/// Steps of the walk between two pauses for others.
+const STEPS_A_TURN: u32 = 64;
+/// A missing run is handed out after so many steps, even if it goes on: who asks wants to begin.
+const STEPS_A_RUN: u32 = 1024;
+
+/// What a run of a layer's bytes below an unallocated part of the top means for a stream.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Class {
+    /// Bytes that are to be copied.
+    Copy,
+    /// Zeros that hide something.
+    Mask,
+    /// Zeros that hide nothing.
+    Zeros,
+    /// The base shows through now and will then.
+    Base,
+}
+
+impl Class {
+    fn is_missing(self) -> bool {
+        matches!(self, Self::Copy | Self::Mask)
+    }
+
+    /// What a cluster is that holds parts of both.
+    fn with(self, other: Self) -> Self {
+        match (self, other) {
+            (a, b) if a == b => a,
+            (Self::Copy, _) | (_, Self::Copy) | (Self::Mask, Self::Base) | (Self::Base, Self::Mask) => Self::Copy,
+            (Self::Mask, _) | (_, Self::Mask) => Self::Mask,
+            _ => Self::Base,
+        }
+    }
+}
+
+impl View {
+    /// The index of the layer a stream stops above; the number of layers for "no base".
+    pub(crate) fn base_index(&self, base: &StreamBase) -> Option<usize> {
+        match base {
+            StreamBase::Nothing => Some(self.depth()),
+            StreamBase::Node(node) => (1..self.depth()).find(|&layer| self.layers[layer].node == *node),
+        }
+    }
+
+    /// The first run of `range`, of which the top has nothing.
+    async fn class(&self, range: GuestRange, above: usize) -> Result<(Class, u64)> {
+        let run = self.resolve(1, above, range).await?;
+        let base_end = if above < self.depth() { self.image(above).size() } else { 0 };
+        // How far the base reaches into the run; 0 if it ends before.
+        let base_len = base_end.saturating_sub(range.start().get());
+        let up_to_base_end =
+            |within: Class, len: u64| if base_len > 0 { (within, len.min(base_len)) } else { (Class::Zeros, len) };
+        Ok(match run.found {
+            Found::Data(layer, host) => match self.stored(layer, host, run.len).await? {
+                (len, Backing::Data) => (Class::Copy, len),
+                (len, Backing::Hole) => up_to_base_end(Class::Mask, len),
+            },
+            Found::Zero(_) | Found::PastEnd(_) => up_to_base_end(Class::Mask, run.len),
+            Found::Nothing => up_to_base_end(Class::Base, run.len),
+        })
+    }
+
+    /// The class of the first cluster of `range`, and of those after it that are alike. `range` starts on a cluster boundary and
+    /// ends on one (or at the disk's end).
+    async fn class_of_clusters(&self, range: GuestRange, unit: u64, above: usize) -> Result<(Class, u64)> {
+        let (class, len) = self.class(range, above).await?;
+        let whole = if len == range.len() { len } else { len & !(unit - 1) };
+        if whole > 0 {
+            return Ok((class, whole));
+        }
+        let cluster = range.first(unit);
+        let (mut all, mut at) = (class, len);
+        while at < cluster.len() {
+            let (class, len) = self.class(cluster.skip(at), above).await?;
+            all = all.with(class);
+            at += len;
+        }
+        Ok((all, cluster.len()))
+    }
+}
+
+impl Inner {
+    /// The first missing run that starts at or after the cluster of `from` and before `end` (clipped to the disk).
+    pub(crate) async fn missing_in(
+        self: &Rc<Self>,
+        view: &View,
+        from: GuestOffset,
+        end: GuestOffset,
+        above: usize,
+    ) -> Result<Option<Missing>> {
+        let end = end.align_up(self.unit).min(GuestOffset(self.top.size()));
+        let mut rest = GuestRange::between(from.align_down(self.unit), end);
+        let mut found: Option<(GuestRange, Class)> = None;
+        let mut steps = 0;
+        while !rest.is_empty() {
+            steps += 1;
+            if steps % STEPS_A_TURN == 0 {
+                ring::yield_now().await;
+            }
+            if found.is_some() && steps >= STEPS_A_RUN {
+                break;
+            }
+            let top = mapped(&*self.top, rest).await?;
+            let (class, len) = match top.mapping {
+                Mapping::Data(_) | Mapping::Zero => (Class::Zeros, top.len),
+                Mapping::Unallocated => view.class_of_clusters(rest.first(top.len), self.unit, above).await?,
+            };
+            match &mut found {
+                Some((run, of)) if *of == class => *run = run.start().range(run.len() + len),
+                Some(_) => break,
+                None if class.is_missing() => found = Some((rest.first(len), class)),
+                None => {}
+            }
+            rest = rest.skip(len);
+        }
+        Ok(found.map(|(range, class)| Missing { range, zero: class == Class::Mask }))
+    }
+
+    /// The error for a base that is not in the chain.
+    pub(crate) fn no_such_base(&self, base: &StreamBase) -> Error {
+        let node = match base {
+            StreamBase::Nothing => "",
+            StreamBase::Node(node) => node,
+        };
+        self.refuse(ErrorKind::InvalidArgument, format!("'{node}' is not below it in its chain"))
+    }
+}

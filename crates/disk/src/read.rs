@@ -1,0 +1,233 @@
+//! Reading: find where the bytes are, move them straight into the caller's memory.
+//!
+//! Reads hold no lock. What keeps them right:
+//! * Layers below the top never change.
+//! * In the top, a mapping to data changes only by a *drop* (zeroing, discarding), and the freed cluster may be written anew
+//!   for another range while a slow read still looks at it. So a read that was in flight during a drop looks again before it
+//!   answers ([`Drops`]), and starts over if its mapping is another now.
+
+use crate::disk::Inner;
+use crate::fetch::Fetch;
+use crate::pieces::run_all;
+use crate::view::{Found, View, mapped};
+use image::{Mapped, Mapping, Result};
+use layout::{GuestRange, HostOffset};
+use ring::Iov;
+use smallvec::SmallVec;
+use std::cell::Cell;
+use std::rc::Rc;
+
+/// Counts operations that take mappings away.
+#[derive(Default)]
+pub(crate) struct Drops {
+    begun: Cell<u64>,
+    ended: Cell<u64>,
+}
+
+/// A moment in the count of drops.
+#[derive(Clone, Copy)]
+pub(crate) struct Mark(u64);
+
+impl Drops {
+    /// Before looking up.
+    pub(crate) fn mark(&self) -> Mark {
+        Mark(self.ended.get())
+    }
+
+    /// Whether no drop was in flight at any time since `mark`.
+    pub(crate) fn none_since(&self, mark: Mark) -> bool {
+        self.begun.get() == mark.0
+    }
+
+    /// A drop begins; it ends when the token is dropped.
+    pub(crate) fn begin(&self) -> Dropping<'_> {
+        self.begun.set(self.begun.get() + 1);
+        Dropping { drops: self }
+    }
+}
+
+/// A drop in flight.
+pub(crate) struct Dropping<'a> {
+    drops: &'a Drops,
+}
+
+impl Drop for Dropping<'_> {
+    fn drop(&mut self) {
+        self.drops.ended.set(self.drops.ended.get() + 1);
+    }
+}
+
+/// A part of a read, to be moved side by side with the others. `at` is where it goes in the caller's memory.
+enum Piece {
+    /// From the top's store.
+    Top { range: GuestRange, at: usize, host: HostOffset },
+    /// From the store of a layer below.
+    Below { layer: usize, at: usize, len: usize, host: HostOffset },
+    /// From the memory of a fetch.
+    Fetched { fetch: Rc<Fetch>, range: GuestRange, at: usize },
+}
+
+type Pieces = SmallVec<[Piece; 4]>;
+
+impl Inner {
+    /// Reads `range`, which lies on the disk, into `into`, which is as long.
+    pub(crate) async fn read(self: &Rc<Self>, range: GuestRange, into: Iov) -> Result<()> {
+        if range.is_empty() {
+            return Ok(());
+        }
+        let mark = self.drops.mark();
+        if let Some(Mapped { len, mapping: Mapping::Data(host) }) = self.top.lookup(range)?
+            && len == range.len()
+        {
+            self.top.store().read(host, into.clone()).await?;
+            if self.drops.none_since(mark) || self.is_still_at(range, host)? {
+                return Ok(());
+            }
+        }
+        let mut hold = self.hold();
+        loop {
+            match self.read_pieces(range, &into).await {
+                Err(error) => hold.or_fail(error).await?,
+                Ok(()) => return Ok(()),
+            }
+        }
+    }
+
+    /// Whether `range` is where it was, as far as tables in memory tell.
+    fn is_still_at(&self, range: GuestRange, host: HostOffset) -> Result<bool> {
+        let now = self.top.lookup(range)?;
+        Ok(now.is_some_and(|now| now.len == range.len() && now.mapping == Mapping::Data(host)))
+    }
+
+    /// Plans the whole read, then moves its pieces. (Planning first keeps tables from being waited for while pieces of the
+    /// same request stand still.)
+    async fn read_pieces(self: &Rc<Self>, range: GuestRange, into: &Iov) -> Result<()> {
+        let view = self.view();
+        let mark = self.drops.mark();
+        let mut pieces = Pieces::new();
+        let mut rest = range;
+        while !rest.is_empty() {
+            let at = usize_of(rest.start() - range.start());
+            let Mapped { len, mapping } = mapped(&*self.top, rest).await?;
+            let run = rest.first(len);
+            match mapping {
+                Mapping::Data(host) => pieces.push(Piece::Top { range: run, at, host }),
+                Mapping::Zero => into.slice(at..at + usize_of(len)).fill(0),
+                Mapping::Unallocated if self.keeps_what_it_reads(&view) => {
+                    self.plan_copy_on_read(&view, run, at, into, &mut pieces).await?;
+                }
+                Mapping::Unallocated => plan_below(&view, run, at, into, &mut pieces).await?,
+            }
+            rest = rest.skip(len);
+        }
+        self.run_pieces(&view, pieces, into, mark).await
+    }
+
+    /// Whether reads from below are to be kept in the top.
+    fn keeps_what_it_reads(&self, view: &View) -> bool {
+        self.options.get().copy_on_read && view.depth() > 1 && !self.read_only()
+    }
+
+    /// Plans a read of `run`, which the top does not have, so that what comes from below can be kept: whole clusters are
+    /// fetched into memory of our own, single-flight. Known zeros are not worth keeping; nor is anything when the memory
+    /// for it is used up.
+    async fn plan_copy_on_read(
+        self: &Rc<Self>,
+        view: &Rc<View>,
+        run: GuestRange,
+        at: usize,
+        into: &Iov,
+        pieces: &mut Pieces,
+    ) -> Result<()> {
+        let mut rest = run;
+        while !rest.is_empty() {
+            let at = at + usize_of(rest.start() - run.start());
+            let below = view.resolve(1, view.depth(), rest).await?;
+            let Found::Data(..) = below.found else {
+                into.slice(at..at + usize_of(below.len)).fill(0);
+                rest = rest.skip(below.len);
+                continue;
+            };
+            let wanted = rest.first(below.len);
+            if let Some(fetch) = self.fetch_to_keep(view, wanted) {
+                // The run ends where the top has clusters of its own; a fetch may reach further than this read.
+                let part = wanted.intersect(fetch.range());
+                rest = rest.skip(part.len());
+                pieces.push(Piece::Fetched { fetch, range: part, at });
+            } else {
+                plan_below(view, wanted, at, into, pieces).await?;
+                rest = rest.skip(wanted.len());
+            }
+        }
+        Ok(())
+    }
+
+    async fn run_pieces(self: &Rc<Self>, view: &Rc<View>, mut pieces: Pieces, into: &Iov, mark: Mark) -> Result<()> {
+        match pieces.len() {
+            0 => Ok(()),
+            1 => self.run_piece(view, pieces.remove(0), into, mark).await,
+            _ => run_all(pieces.into_iter().map(|piece| self.run_piece(view, piece, into, mark))).await,
+        }
+    }
+
+    async fn run_piece(self: &Rc<Self>, view: &Rc<View>, piece: Piece, into: &Iov, mark: Mark) -> Result<()> {
+        match piece {
+            Piece::Top { range, at, host } => {
+                let into = into.slice(at..at + usize_of(range.len()));
+                self.top.store().read(host, into.clone()).await?;
+                if self.drops.none_since(mark) || self.is_still_at(range, host)? {
+                    return Ok(());
+                }
+                Box::pin(self.read_pieces(range, &into)).await
+            }
+            Piece::Below { layer, at, len, host } => {
+                view.image(layer).store().read(host, into.slice(at..at + len)).await?;
+                self.counters.fetched(len as u64);
+                Ok(())
+            }
+            Piece::Fetched { fetch, range, at } => {
+                let into = into.slice(at..at + usize_of(range.len()));
+                match fetch.data().await {
+                    Ok(data) => {
+                        let from = usize_of(range.start() - fetch.range().start());
+                        into.copy_from(&data.slice(from..from + into.len()));
+                        Ok(())
+                    }
+                    Err(error) if error.is_unavailable() || fetch.range() == range => Err(error),
+                    // The fetch was for more than this read asks for: a bad spot elsewhere is none of its business.
+                    Err(_) => self.read_below(view, range, &into).await,
+                }
+            }
+        }
+    }
+
+    /// Reads `range` as the layers below the top show it.
+    pub(crate) async fn read_below(self: &Rc<Self>, view: &Rc<View>, range: GuestRange, into: &Iov) -> Result<()> {
+        let mut pieces = Pieces::new();
+        plan_below(view, range, 0, into, &mut pieces).await?;
+        // No piece of the top: any mark does.
+        let mark = self.drops.mark();
+        Box::pin(self.run_pieces(view, pieces, into, mark)).await
+    }
+}
+
+/// Plans a read of `run` from the layers below the top. Zeros are filled in at once.
+async fn plan_below(view: &View, run: GuestRange, at: usize, into: &Iov, pieces: &mut Pieces) -> Result<()> {
+    let mut rest = run;
+    while !rest.is_empty() {
+        let at = at + usize_of(rest.start() - run.start());
+        let below = view.resolve(1, view.depth(), rest).await?;
+        let len = usize_of(below.len);
+        match below.found {
+            Found::Data(layer, host) => pieces.push(Piece::Below { layer, at, len, host }),
+            Found::Zero(_) | Found::PastEnd(_) | Found::Nothing => into.slice(at..at + len).fill(0),
+        }
+        rest = rest.skip(below.len);
+    }
+    Ok(())
+}
+
+/// A length within a buffer, which is a `usize` by nature.
+pub(crate) fn usize_of(len: u64) -> usize {
+    usize::try_from(len).expect("no buffer is longer than memory")
+}

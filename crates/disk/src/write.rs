@@ -1,0 +1,191 @@
+//! Writing: in place where the top has the bytes, into reserved clusters where it has not.
+//!
+//! **Invariants.**
+//! * A write in place holds its range shared; a write that allocates holds its whole clusters exclusively, from the look-up
+//!   it relies on to the link.
+//! * New clusters are linked only after all their bytes are written, the guest's and the fill around them, in one go. A write
+//!   that fails links nothing; its clusters are given back.
+//! * The guest's memory is handed to the store and never looked at: it may change while the write is in flight.
+//! * Fill comes from below, or from a fetch of the same cluster that is under way. A write of whole clusters needs none and
+//!   waits for nobody's fetch.
+
+use crate::disk::Inner;
+use crate::pieces::run_all;
+use crate::read::usize_of;
+use crate::view::mapped;
+use futures_util::future::try_join;
+use image::{Keep, Mapped, Mapping, Purpose, Result};
+use layout::{GuestRange, HostOffset, HostRange};
+use ring::Iov;
+use smallvec::SmallVec;
+use std::rc::Rc;
+
+/// A part of a write, as the tables looked when it was planned.
+#[derive(Clone, Copy, Debug)]
+struct Piece {
+    range: GuestRange,
+    in_place: bool,
+}
+
+impl Inner {
+    /// Writes `from` to `range`, which lies on the disk and is as long.
+    pub(crate) async fn write(self: &Rc<Self>, range: GuestRange, from: Iov, fua: bool) -> Result<()> {
+        let durable = fua || self.options.get().write_through;
+        if !range.is_empty() {
+            if let Some(held) = self.locks.try_shared(range)
+                && let Some(Mapped { len, mapping: Mapping::Data(host) }) = self.top.lookup(range)?
+                && len == range.len()
+            {
+                // The mapping is durable, so these bytes are all there is to make durable.
+                let through = durable && self.mappings_are_durable();
+                self.write_store(host, from, through).await?;
+                if through || !durable {
+                    return Ok(());
+                }
+                drop(held);
+                return self.commit().await;
+            }
+            self.write_pieces(range, from).await?;
+        }
+        if durable { self.commit().await } else { Ok(()) }
+    }
+
+    /// Writes to the top's store.
+    pub(crate) async fn write_store(&self, host: HostOffset, from: Iov, through: bool) -> Result<()> {
+        let range = HostRange::new(host, from.len() as u64);
+        let result = self.top.store().write(host, from, through).await;
+        self.counters.wrote(range);
+        if !through || result.is_err() {
+            self.flusher.changed();
+        }
+        Ok(result?)
+    }
+
+    /// The general case: parts in place, parts into new clusters, side by side. Each part takes one lock and looks again
+    /// under it, so the plan is only a guess at where to cut.
+    pub(crate) async fn write_pieces(self: &Rc<Self>, range: GuestRange, from: Iov) -> Result<()> {
+        let mut pieces: SmallVec<[Piece; 4]> = SmallVec::new();
+        let mut rest = range;
+        while !rest.is_empty() {
+            let Mapped { len, mapping } = mapped(&*self.top, rest).await?;
+            let run = rest.first(len);
+            let in_place = matches!(mapping, Mapping::Data(_));
+            match pieces.last_mut() {
+                // Zeros next to nothing, say: one allocation.
+                Some(last) if !last.in_place && !in_place => {
+                    last.range = last.range.start().range(last.range.len() + len)
+                }
+                _ => pieces.push(Piece { range: run, in_place }),
+            }
+            rest = rest.skip(len);
+        }
+        let write = |piece: Piece| {
+            let at = usize_of(piece.range.start() - range.start());
+            self.write_piece(piece, from.slice(at..at + usize_of(piece.range.len())))
+        };
+        match *pieces {
+            [piece] => write(piece).await,
+            _ => run_all(pieces.iter().copied().map(write)).await,
+        }
+    }
+
+    async fn write_piece(self: &Rc<Self>, piece: Piece, from: Iov) -> Result<()> {
+        let range = piece.range;
+        if piece.in_place {
+            let _held = self.locks.shared(range).await;
+            let now = mapped(&*self.top, range).await?;
+            if let Mapping::Data(host) = now.mapping
+                && now.len == range.len()
+            {
+                return self.write_store(host, from, false).await;
+            }
+        }
+        let _held = self.locks.exclusive(range.align_outward(self.unit)).await;
+        self.write_held(range, from).await
+    }
+
+    /// Writes `range`, whose clusters the caller holds exclusively.
+    async fn write_held(self: &Rc<Self>, range: GuestRange, from: Iov) -> Result<()> {
+        let mut rest = range;
+        while !rest.is_empty() {
+            let first = mapped(&*self.top, rest).await?;
+            let mut run = rest.first(first.len);
+            let at = usize_of(rest.start() - range.start());
+            if let Mapping::Data(host) = first.mapping {
+                self.write_store(host, from.slice(at..at + usize_of(run.len())), false).await?;
+            } else {
+                // As far as the top has no data: one allocation, if space allows.
+                let mut last = first.mapping;
+                while run.len() < rest.len() {
+                    let next = mapped(&*self.top, rest.skip(run.len())).await?;
+                    if matches!(next.mapping, Mapping::Data(_)) {
+                        break;
+                    }
+                    last = next.mapping;
+                    run = rest.first(run.len() + next.len);
+                }
+                let from = from.slice(at..at + usize_of(run.len()));
+                self.write_new(run, from, first.mapping, last).await?;
+            }
+            rest = rest.skip(run.len());
+        }
+        Ok(())
+    }
+
+    /// Writes `run`, of which the top has no data, into new clusters. The first and the last cluster are mapped like `first` and
+    /// `last`.
+    async fn write_new(self: &Rc<Self>, run: GuestRange, from: Iov, first: Mapping, last: Mapping) -> Result<()> {
+        let clusters = run.align_outward(self.unit);
+        let before = GuestRange::between(clusters.start(), run.start());
+        let after = GuestRange::between(run.end(), clusters.end());
+        // Fetched before anything is reserved: a source may take its time, and reservations hold tables in memory.
+        let _budget = self.fill_budget.acquire(usize_of(before.len() + after.len())).await;
+        let (head, tail) = try_join(self.fill(before, first), self.fill(after, last)).await?;
+        let bytes = head.join(&from).join(&tail);
+        let mut rest = clusters;
+        while !rest.is_empty() {
+            let reservation = self.reserve(rest, Purpose::Data).await?;
+            let part = reservation.range();
+            let at = usize_of(part.start() - clusters.start());
+            let bytes = bytes.slice(at..at + usize_of(part.len()));
+            self.write_store(self.place(&reservation)?, bytes, false).await?;
+            self.linked(reservation.link(Keep::New, |_| false));
+            rest = rest.skip(part.len());
+        }
+        Ok(())
+    }
+
+    /// What `part` of a cluster that the top maps as `mapping` (not as data) reads as; zeros past the disk's end.
+    pub(crate) async fn fill(self: &Rc<Self>, part: GuestRange, mapping: Mapping) -> Result<Iov> {
+        let view = self.view();
+        let len = usize_of(part.len());
+        let on_disk = self.clip(part);
+        if on_disk.is_empty() || mapping == Mapping::Zero || view.depth() == 1 {
+            return Ok(Iov::zeroed(len));
+        }
+        let data = Iov::alloc(len);
+        let used = usize_of(on_disk.len());
+        data.slice(used..len).fill(0);
+        let mut hold = self.hold();
+        loop {
+            if let Some(fetch) = self.fetches.covering(part.start()) {
+                match fetch.data().await {
+                    Ok(fetched) => {
+                        let at = usize_of(part.start() - fetch.range().start());
+                        return Ok(fetched.slice(at..at + len));
+                    }
+                    Err(error) if error.is_unavailable() => {
+                        hold.or_fail(error).await?;
+                        continue;
+                    }
+                    // More was fetched than is needed here: try for the part alone.
+                    Err(_) => {}
+                }
+            }
+            match self.read_below(&view, on_disk, &data.slice(0..used)).await {
+                Ok(()) => return Ok(data),
+                Err(error) => hold.or_fail(error).await?,
+            }
+        }
+    }
+}
