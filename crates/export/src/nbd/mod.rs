@@ -1,6 +1,27 @@
 //! The NBD server (specification: NetworkBlockDevice/nbd `doc/proto.md`).
+//!
+//! From the wire inwards: [`proto`] has the numbers; [`option`], [`request`] and [`reply`] the messages; [`handshake`] and
+//! [`client`] the two sides' state machines. None of these does I/O. `listen` and `server` accept; `connection` moves
+//! bytes between a socket and the codec (`inbound`, `outbox`) within bounds (`flight`); `execute` asks the disk.
 
-use crate::ExportError;
+pub mod client;
+pub mod handshake;
+pub mod option;
+pub mod proto;
+pub mod reply;
+pub mod request;
+
+mod connection;
+mod execute;
+mod flight;
+mod inbound;
+mod listen;
+mod outbox;
+mod server;
+mod wire;
+
+pub use server::NbdServer;
+
 use disk::Disk;
 use std::path::PathBuf;
 use std::rc::Rc;
@@ -25,27 +46,4 @@ pub struct NbdExport {
     pub disk: Rc<Disk>,
     /// Refuse writes even if the disk allows them.
     pub read_only: bool,
-}
-
-/// A running server: one listening socket on this shard with its connections.
-pub struct NbdServer {
-    _todo: (),
-}
-
-impl NbdServer {
-    /// Binds and starts to accept on the running ring.
-    pub async fn start(address: Address, exports: Vec<NbdExport>) -> Result<Self, ExportError> {
-        let _ = (address, exports);
-        todo!()
-    }
-
-    /// The address in use (with the port the system chose for port 0).
-    pub fn address(&self) -> &Address {
-        todo!()
-    }
-
-    /// Stops accepting, closes every connection after its requests in flight, removes the socket.
-    pub async fn stop(&self) {
-        todo!()
-    }
 }

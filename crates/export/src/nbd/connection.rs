@@ -1,0 +1,205 @@
+//! One client's connection, from accept to close.
+//!
+//! **Invariant.** When [`serve`] returns, nothing of the connection is under way any more: no request on the disk, no
+//! operation on the socket. The socket is shut down before its last operation is waited for, so that none outlives it.
+
+use super::execute;
+use super::flight::{Flight, Ticket};
+use super::handshake::{Agreement, Handshake, Offer, Progress};
+use super::inbound::Inbound;
+use super::outbox::{Outbox, Piece};
+use super::proto::{Command, NbdError};
+use super::reply::Head;
+use super::request::{Refusal, Request, Terms};
+use disk::Disk;
+use ring::{File, Iov, spawn};
+use rustix::net::Shutdown;
+use std::cell::Cell;
+use std::io;
+use std::rc::Rc;
+use std::time::Duration;
+
+/// How long a client may be silent during the handshake. (Later it may be silent for ever.)
+const HANDSHAKE_PATIENCE: Duration = Duration::from_mins(1);
+
+/// How long replies that are left at the end may make no progress.
+const CLOSE_PATIENCE: Duration = Duration::from_secs(5);
+
+/// Received at once during the handshake.
+const HANDSHAKE_BUFFER: usize = 4096;
+
+/// A connection as the server knows it: enough to end it.
+pub(super) struct Link {
+    file: File,
+    stopping: Cell<bool>,
+}
+
+impl Link {
+    pub(super) fn new(file: File) -> Rc<Self> {
+        Rc::new(Self { file, stopping: Cell::new(false) })
+    }
+
+    /// Takes no more requests; those under way end, and their replies are sent.
+    pub(super) fn stop(&self) {
+        self.stopping.set(true);
+        self.shutdown(Shutdown::Read);
+    }
+
+    /// Drops the client.
+    pub(super) fn kill(&self) {
+        self.stopping.set(true);
+        self.shutdown(Shutdown::Both);
+    }
+
+    fn shutdown(&self, how: Shutdown) {
+        // It fails where the peer is gone already: what we want.
+        let _ = rustix::net::shutdown(self.file.as_fd(), how);
+    }
+}
+
+/// A connection in its transmission phase.
+pub(super) struct Transmission {
+    pub(super) disk: Rc<Disk>,
+    pub(super) agreement: Agreement,
+    pub(super) outbox: Outbox,
+    flight: Rc<Flight>,
+}
+
+impl Transmission {
+    /// Queues a piece of a reply; with the last one goes the request's ticket.
+    pub(super) fn send(&self, head: Head, body: Iov, ticket: Option<Ticket>) {
+        self.outbox.push(Piece { head, body, ticket });
+    }
+
+    /// The size is today's: a disk may grow.
+    fn terms(&self) -> Terms {
+        Terms { size: self.disk.size(), flags: self.agreement.flags, allocation: self.agreement.allocation }
+    }
+}
+
+/// Talks to one client until either side has enough. `offers` and `disks` go together.
+pub(super) async fn serve(link: &Link, offers: Vec<Offer>, disks: Vec<Rc<Disk>>) -> io::Result<()> {
+    let outcome = match negotiate(link, offers).await {
+        Ok(Some((agreement, early))) => {
+            let disk = Rc::clone(&disks[agreement.export]);
+            drop(disks);
+            transmit(link, disk, agreement, &early).await
+        }
+        Ok(None) => Ok(()),
+        Err(error) => Err(error),
+    };
+    link.shutdown(Shutdown::Both);
+    outcome
+}
+
+/// Goes through the handshake. What was received beyond it comes with the agreement.
+async fn negotiate(link: &Link, offers: Vec<Offer>) -> io::Result<Option<(Agreement, Vec<u8>)>> {
+    let broken = |error| io::Error::new(io::ErrorKind::InvalidData, error);
+    let mut handshake = Handshake::new(offers);
+    let buffer = Iov::alloc(HANDSHAKE_BUFFER);
+    let (mut input, mut output) = (Vec::new(), Handshake::greeting().to_vec());
+    loop {
+        if !output.is_empty() {
+            let reply = Iov::from_slice(&output);
+            output.clear();
+            let Some(sent) = ring::timeout(HANDSHAKE_PATIENCE, link.file.send_all(&reply)).await else {
+                return Err(io::ErrorKind::TimedOut.into());
+            };
+            sent?;
+        }
+        let (taken, progress) = handshake.advance(&input, &mut output).map_err(broken)?;
+        input.drain(..taken);
+        match progress {
+            Progress::Continue => {}
+            Progress::Transmission(agreement) => {
+                link.file.send_all(&Iov::from_slice(&output)).await?;
+                return Ok(Some((agreement, input)));
+            }
+            Progress::Over => {
+                // The client may be gone without waiting for this.
+                let _ = link.file.send_all(&Iov::from_slice(&output)).await;
+                return Ok(None);
+            }
+            Progress::NeedMore => match ring::timeout(HANDSHAKE_PATIENCE, link.file.recv(&buffer)).await {
+                None => return Err(io::ErrorKind::TimedOut.into()),
+                Some(received) => match received? {
+                    0 => return Ok(None),
+                    received => {
+                        let held = input.len();
+                        input.resize(held + received, 0);
+                        buffer.read(0, &mut input[held..]);
+                    }
+                },
+            },
+        }
+    }
+}
+
+async fn transmit(link: &Link, disk: Rc<Disk>, agreement: Agreement, early: &[u8]) -> io::Result<()> {
+    let to = Rc::new(Transmission { disk, agreement, outbox: Outbox::new(), flight: Flight::new() });
+    let sender = spawn({
+        let (to, file) = (Rc::clone(&to), link.file.clone());
+        async move {
+            let outcome = to.outbox.run(&file).await;
+            // Whatever ended it, no reply can leave any more: the receiver has nothing to wait for either.
+            if outcome.is_err() {
+                let _ = rustix::net::shutdown(file.as_fd(), Shutdown::Both);
+            }
+            outcome
+        }
+    });
+    let received = receive(link, &to, early).await;
+    if received.is_err() {
+        to.outbox.kill();
+        link.shutdown(Shutdown::Both);
+    }
+    to.flight.executed().await;
+    // All that is left are replies to send. A client that reads them, however slowly, gets them.
+    let mut sent = to.outbox.sent();
+    while ring::timeout(CLOSE_PATIENCE, to.flight.drained()).await.is_none() {
+        if to.outbox.sent() == sent {
+            link.shutdown(Shutdown::Both);
+        }
+        sent = to.outbox.sent();
+    }
+    to.outbox.close();
+    let sent = sender.await;
+    received.and(sent)
+}
+
+/// Takes requests off the wire and starts them, until the client or the server has enough.
+async fn receive(link: &Link, to: &Rc<Transmission>, early: &[u8]) -> io::Result<()> {
+    let broken = |why: String| io::Error::new(io::ErrorKind::InvalidData, why);
+    let mut inbound = Inbound::new(link.file.clone(), early);
+    while let Some(head) = inbound.head(|| link.stopping.get()).await? {
+        let request = Request::decode(&head).map_err(|error| broken(error.to_string()))?;
+        let payload = request.payload() as usize;
+        let checked = match request.check(&to.terms()) {
+            Ok(_) if link.stopping.get() => Err(Refusal::Error(NbdError::Shutdown, NbdError::Shutdown.message())),
+            checked => checked,
+        };
+        match checked {
+            Ok(Command::Disc) => return Ok(()),
+            Ok(Command::Read) => {
+                let ticket = to.flight.enter(request.length as usize).await;
+                spawn(execute::read(Rc::clone(to), request, ticket));
+            }
+            Ok(Command::Write) => {
+                let ticket = to.flight.enter(payload).await;
+                let data = inbound.payload(payload).await?;
+                spawn(execute::write(Rc::clone(to), request, data, ticket));
+            }
+            Ok(command) => {
+                let ticket = to.flight.enter(0).await;
+                spawn(execute::other(Rc::clone(to), command, request, ticket));
+            }
+            Err(Refusal::Error(error, why)) => {
+                let ticket = to.flight.enter(0).await;
+                inbound.discard(payload).await?;
+                execute::refuse(to, &request, ticket, error, why);
+            }
+            Err(Refusal::Oversized) => return Err(broken(format!("a write of {payload} bytes"))),
+        }
+    }
+    Ok(())
+}
