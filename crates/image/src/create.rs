@@ -21,12 +21,16 @@ pub struct CreateOptions {
 
 /// Checks `options` without touching anything; returns warnings for the user (QED table size 1: QEMU cannot open it).
 pub fn validate(options: &CreateOptions) -> Result<Vec<String>> {
-    let _ = options;
-    todo!()
+    match options.format {
+        Format::Raw => crate::raw::validate(options),
+        Format::Qed => crate::qed::validate(options),
+    }
 }
 
 /// Writes a new, empty image into `store` (which is empty), durably.
 pub async fn create(store: Rc<dyn Store>, options: &CreateOptions) -> Result<()> {
-    let _ = (store, options);
-    todo!()
+    match options.format {
+        Format::Raw => crate::raw::create(store, options).await,
+        Format::Qed => crate::qed::create(store, options).await,
+    }
 }

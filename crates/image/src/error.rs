@@ -46,9 +46,19 @@ struct Inner {
 }
 
 impl Error {
-    /// With a stated kind: which image, where in it (if anywhere), and what is wrong in words for a user, remedy included.
+    /// With a stated kind: which image (empty where there is none yet), where in it (if anywhere), and what is wrong in words
+    /// for a user, remedy included.
     pub fn new(kind: ErrorKind, image: &str, offset: Option<HostOffset>, what: impl Into<String>) -> Self {
-        Self { inner: Arc::new(Inner { kind, image: image.to_owned(), offset, what: what.into(), store: None, source: None }) }
+        Self {
+            inner: Arc::new(Inner {
+                kind,
+                image: image.to_owned(),
+                offset,
+                what: what.into(),
+                store: None,
+                source: None,
+            }),
+        }
     }
 
     /// This one because of `source`.
@@ -69,8 +79,13 @@ impl Error {
 
     /// What a poisoned image answers.
     pub fn poisoned(image: &str, first: &Error) -> Self {
-        Self::new(ErrorKind::Poisoned, image, None, "refused after an earlier failure; reads go on, reopen it after repairing the cause")
-            .because(first.clone())
+        Self::new(
+            ErrorKind::Poisoned,
+            image,
+            None,
+            "refused after an earlier failure; reads go on, reopen it after repairing the cause",
+        )
+        .because(first.clone())
     }
 
     /// For code to decide on.
@@ -136,11 +151,14 @@ impl fmt::Display for Error {
         if let Some(store) = store {
             return store.fmt(f);
         }
-        write!(f, "'{image}'")?;
-        if let Some(offset) = offset {
-            write!(f, " at offset {}", offset.get())?;
+        if !image.is_empty() {
+            write!(f, "'{image}'")?;
+            if let Some(offset) = offset {
+                write!(f, " at offset {}", offset.get())?;
+            }
+            write!(f, ": ")?;
         }
-        write!(f, ": {what}")?;
+        write!(f, "{what}")?;
         if let Some(source) = source {
             write!(f, ": {source}")?;
         }

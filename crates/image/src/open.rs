@@ -16,6 +16,8 @@ pub struct OpenOptions {
 /// Opens the image that `store` holds, in the stated format. A QED image that was not closed cleanly is checked and
 /// repaired first (unless read-only or for a check), leaks included.
 pub async fn open(store: Rc<dyn Store>, format: Format, options: OpenOptions) -> Result<Rc<dyn Image>> {
-    let _ = (store, format, options);
-    todo!()
+    match format {
+        Format::Raw => crate::raw::open(store, options),
+        Format::Qed => crate::qed::open(store, options).await,
+    }
 }

@@ -2,7 +2,9 @@
 //!
 //! Probing is done once, when a user names an image without its format. What was recorded as raw is never probed.
 
-use crate::Result;
+use crate::{Error, ErrorKind, Result};
+use layout::HostOffset;
+use ring::Iov;
 use std::fmt;
 use store::Store;
 
@@ -41,9 +43,94 @@ impl fmt::Display for Format {
     }
 }
 
+/// Formats that are recognised by their first bytes, and not served: offset, bytes, name.
+const FOREIGN: [(usize, &[u8], &str); 17] = [
+    (0, b"QFI\xfb\0\0\0\x01", "QCOW (version 1)"),
+    (0, b"QFI\xfb", "QCOW2"),
+    (0, b"KDMV", "VMDK"),
+    (0, b"COWD", "VMDK (version 3)"),
+    (0, b"# Disk DescriptorFile", "VMDK (descriptor)"),
+    (0, b"vhdxfile", "VHDX"),
+    (0, b"conectix", "VHD"),
+    (0x40, &[0x7f, 0x10, 0xda, 0xbe], "VDI"),
+    (0, b"WithoutFreeSpace", "Parallels"),
+    (0, b"WithouFreSpacExt", "Parallels (extended)"),
+    (0, b"LUKS\xba\xbe", "LUKS"),
+    (0, b"Bochs Virtual HD Image", "Bochs"),
+    (0, b"#!/bin/sh\n#V2.0 Format\nmodprobe cloop", "cloop"),
+    (0, b"OOOM", "User-mode Linux COW"),
+    (0, b"ZFile\0\x01", "overlaybd ZFile"),
+    (0, b"EVF\x09\r\n\xff\0", "Expert Witness (EWF)"),
+    (0, b"AFF", "AFF"),
+];
+
+/// The same, by their last 512 bytes.
+const FOREIGN_TAIL: [(&[u8], &str); 2] = [(b"conectix", "VHD (fixed)"), (b"koly", "DMG")];
+
+/// How many bytes at the start are looked at.
+const HEAD: usize = 512;
+
 /// What the first bytes look like; `Raw` when like nothing known. Formats that are recognised but not served (QCOW2, VMDK, …)
 /// are an error that names them: serving their bytes as raw would be a guess.
 pub async fn probe(store: &dyn Store) -> Result<Format> {
-    let _ = store;
-    todo!()
+    let head = Iov::alloc(HEAD);
+    store.read(HostOffset::ZERO, head.clone()).await?;
+    let head = head.to_vec();
+    if head.starts_with(&layout::qed::MAGIC) {
+        return Ok(Format::Qed);
+    }
+    let foreign = FOREIGN.iter().find(|(at, magic, _)| head[*at..].starts_with(magic)).map(|(_, _, name)| *name);
+    let foreign = match foreign {
+        None if store.size() >= 2 * HEAD as u64 => {
+            let tail = Iov::alloc(HEAD);
+            store.read(HostOffset(store.size() - HEAD as u64), tail.clone()).await?;
+            let tail = tail.to_vec();
+            FOREIGN_TAIL.iter().find(|(magic, _)| tail.starts_with(magic)).map(|(_, name)| *name)
+        }
+        found => found,
+    };
+    match foreign {
+        None => Ok(Format::Raw),
+        Some(name) => {
+            let what = format!(
+                "it looks like a {name} image, a format that is not supported; convert it first ('qemu-img convert -O qed'), or state \
+                 its format as raw if these are a guest's own bytes"
+            );
+            Err(Error::new(ErrorKind::Unsupported, store.name(), None, what))
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use store::memory::MemoryStore;
+
+    fn probed(bytes: &[u8]) -> Result<Format> {
+        let store = MemoryStore::from_bytes("x.img", bytes);
+        ring::sim::Sim::new(1).block_on(async move { probe(&*store).await })
+    }
+
+    #[test]
+    fn known_formats_are_told_apart() {
+        assert_eq!(probed(b"").unwrap(), Format::Raw);
+        assert_eq!(probed(b"QED\0").unwrap(), Format::Qed);
+        assert_eq!(probed(&[0; 4096]).unwrap(), Format::Raw);
+    }
+
+    #[test]
+    fn foreign_formats_are_named() {
+        for (at, magic, name) in FOREIGN {
+            let mut bytes = vec![0; 4096];
+            bytes[at..at + magic.len()].copy_from_slice(magic);
+            let error = probed(&bytes).unwrap_err();
+            assert_eq!(error.kind(), ErrorKind::Unsupported);
+            assert!(error.to_string().contains(name), "{error}");
+        }
+        for (magic, name) in FOREIGN_TAIL {
+            let mut bytes = vec![0; 4096];
+            bytes[4096 - 512..][..magic.len()].copy_from_slice(magic);
+            assert!(probed(&bytes).unwrap_err().to_string().contains(name));
+        }
+    }
 }

@@ -48,13 +48,20 @@ pub trait Reserved {
 pub struct Reservation {
     range: GuestRange,
     host: Option<HostOffset>,
+    zeroed: bool,
     inner: Option<Box<dyn Reserved>>,
 }
 
 impl Reservation {
     /// For formats: `range` is whole clusters; `host` is where the run begins (`None` for [`Purpose::Zero`]).
     pub fn new(range: GuestRange, host: Option<HostOffset>, inner: Box<dyn Reserved>) -> Self {
-        Self { range, host, inner: Some(inner) }
+        Self { range, host, zeroed: false, inner: Some(inner) }
+    }
+
+    /// For formats: says that the clusters read as zeros as they are.
+    pub fn with_zeroed(mut self, zeroed: bool) -> Self {
+        self.zeroed = zeroed;
+        self
     }
 
     /// The whole clusters it covers. May reach past the image's size in the last cluster; those bytes exist in the store
@@ -66,6 +73,12 @@ impl Reservation {
     /// Where in the store the run's bytes go; `None` for [`Purpose::Zero`].
     pub fn host(&self) -> Option<HostOffset> {
         self.host
+    }
+
+    /// Whether the clusters read as zeros as they are, now and after a crash: where the payload is zeros, nothing needs to be
+    /// written.
+    pub fn zeroed(&self) -> bool {
+        self.zeroed
     }
 
     /// Publishes in memory what `keep` allows and `veto` does not forbid (it is asked with each cluster's first byte;

@@ -1,1 +1,272 @@
 //! QED, the QEMU Enhanced Disk format.
+//!
+//! * `open`, `create`: the header's way in and out;
+//! * `resolve`: where a guest's bytes are; `cache`, `tables`: what of the tables is in memory;
+//! * `allocate`: reservations; `space`: which clusters may be handed out;
+//! * `commit`: what was linked becomes durable;
+//! * `header`: need-check, size and backing reference;
+//! * `check`, `repair`, `compact`: consistency of what is on disk.
+//!
+//! # What is written, and in which order
+//! 1. The need-check bit, with a barrier, before the first reservation of a session is handed out.
+//! 2. The guest's data, by whoever holds the reservation.
+//! 3. (commit) barrier → slices of L2 tables → barrier → L1 entries of new tables → barrier.
+//! 4. (settle) when nothing is reserved and nothing is dirty: the unused tail is cut off, barrier, need-check is cleared, barrier.
+//!
+//! A new table lies where the store reads as zeros, so only the slices that have entries are ever written: tables of up to
+//! 1 GiB cost what they hold. An allocated cluster that becomes zeros is zeroed where it is; its mapping stays.
+//!
+//! **Invariant.** Whatever must not stop half way (a commit, growing and cutting off, every header write) runs in a task of its
+//! own; a caller that goes away leaves it running.
+
+mod allocate;
+mod cache;
+mod check;
+mod cluster_set;
+mod commit;
+mod compact;
+mod create;
+mod header;
+mod open;
+mod repair;
+mod resolve;
+mod space;
+mod tables;
+
+pub(crate) use create::{create, validate};
+pub(crate) use open::open;
+
+use crate::{
+    BackingRef, CheckReport, Error, ErrorKind, Format, Image, ImageFuture, ImageInfo, Mapped, Purpose, Repair,
+    Reservation, Result,
+};
+use cache::SliceCache;
+use commit::Commits;
+use header::HeaderZone;
+use layout::qed::{Features, Geometry, Header, TableRules};
+use layout::{GuestRange, HostOffset};
+use ring::sync::{Event, Mutex};
+use space::Space;
+use std::cell::{Cell, RefCell};
+use std::future::Future;
+use std::rc::Rc;
+use store::Store;
+use tables::Tables;
+
+/// Runs `work` to its end even if the caller's future is dropped.
+fn detached<T: 'static>(work: impl Future<Output = T> + 'static) -> ring::JoinHandle<T> {
+    ring::spawn(work)
+}
+
+/// Everything an open image knows. Shared by the image, its reservations and its tasks; no borrow of a cell lasts over an
+/// await.
+struct Core {
+    store: Rc<dyn Store>,
+    read_only: bool,
+    for_check: bool,
+    /// The header as it is on disk.
+    header: Cell<Header>,
+    geometry: Geometry,
+    rules: TableRules,
+    /// Whoever writes the header holds this.
+    zone: Mutex<HeaderZone>,
+    backing: RefCell<Option<BackingRef>>,
+    /// Need-check is durable and will stay so: reservations may be handed out.
+    marked: Cell<bool>,
+    /// Reservations handed out or in the making.
+    active: Cell<usize>,
+    tables: RefCell<Tables>,
+    cache: RefCell<SliceCache>,
+    /// A slice was unpinned.
+    unpinned: Event,
+    space: RefCell<Space>,
+    /// Whoever changes the store's length holds this.
+    growing: Mutex<()>,
+    /// Whoever makes a fresh table holds this.
+    making_table: Mutex<()>,
+    commits: RefCell<Commits>,
+    /// A commit has ended.
+    committed: Event,
+    /// Something was linked whose data must be durable before its mapping is.
+    barrier_due: Cell<bool>,
+    /// Need-check was set when the image was opened, and is not repaired.
+    found_dirty: Cell<bool>,
+    poison: RefCell<Option<Error>>,
+}
+
+impl Core {
+    fn size(&self) -> u64 {
+        self.header.get().image_size
+    }
+
+    fn error(&self, kind: ErrorKind, offset: Option<HostOffset>, what: impl Into<String>) -> Error {
+        Error::new(kind, self.store.name(), offset, what)
+    }
+
+    fn corrupt(&self, offset: HostOffset, what: impl Into<String>) -> Error {
+        self.error(ErrorKind::Corrupt, Some(offset), what)
+    }
+
+    /// The first failure stays; returns the given one.
+    fn fail(&self, error: Error) -> Error {
+        let mut poison = self.poison.borrow_mut();
+        if poison.is_none() {
+            tracing::error!(image = self.store.name(), %error, "the image refuses writes from now on");
+            *poison = Some(error.clone());
+            // Whoever waits for room in the cache will not get it by a commit any more.
+            self.unpinned.notify_all();
+        }
+        error
+    }
+
+    /// Fails when the image is read-only or poisoned.
+    fn check_writable(&self) -> Result<()> {
+        if self.read_only {
+            return Err(self.error(ErrorKind::ReadOnly, None, "the image was opened read-only"));
+        }
+        self.check_poison()
+    }
+
+    fn check_poison(&self) -> Result<()> {
+        match &*self.poison.borrow() {
+            Some(first) => Err(Error::poisoned(self.store.name(), first)),
+            None => Ok(()),
+        }
+    }
+
+    /// Fails when `range` is empty or does not lie within the first `size` bytes.
+    fn check_range(&self, range: GuestRange, size: u64) -> Result<()> {
+        if range.is_empty() || range.end().get() > size {
+            let what = format!("the range {range} does not lie within the disk's {size} bytes");
+            return Err(self.error(ErrorKind::InvalidArgument, None, what));
+        }
+        Ok(())
+    }
+
+    /// A barrier. Everything that completed is durable, or the image is poisoned.
+    async fn barrier(&self) -> Result<()> {
+        self.store.flush().await.map_err(|e| self.fail(e.into()))
+    }
+}
+
+/// An open QED image.
+pub(crate) struct QedImage {
+    core: Rc<Core>,
+}
+
+impl Image for QedImage {
+    fn format(&self) -> Format {
+        Format::Qed
+    }
+
+    fn store(&self) -> &Rc<dyn Store> {
+        &self.core.store
+    }
+
+    fn size(&self) -> u64 {
+        self.core.size()
+    }
+
+    fn cluster_size(&self) -> u64 {
+        self.core.geometry.cluster_size()
+    }
+
+    fn read_only(&self) -> bool {
+        self.core.read_only
+    }
+
+    fn backing(&self) -> Option<BackingRef> {
+        self.core.backing.borrow().clone()
+    }
+
+    fn info(&self) -> ImageInfo {
+        let header = self.core.header.get();
+        let mut warnings = Vec::new();
+        if self.core.found_dirty.get() {
+            warnings.push("the image was not closed cleanly; it is repaired when it is opened for writing".to_owned());
+        }
+        if header.autoclear_features != 0 {
+            warnings.push(format!("unknown autoclear features {:#x} are set", header.autoclear_features));
+        }
+        ImageInfo { cluster_size: Some(header.geometry.cluster_size()), dirty: self.core.found_dirty.get(), warnings }
+    }
+
+    fn lookup(&self, range: GuestRange) -> Result<Option<Mapped>> {
+        self.core.lookup(range)
+    }
+
+    fn load(&self, range: GuestRange) -> ImageFuture<'_, ()> {
+        Box::pin(async move {
+            self.core.check_range(range, self.core.size())?;
+            self.core.load(range.start()).await
+        })
+    }
+
+    fn reserve(&self, range: GuestRange, purpose: Purpose) -> ImageFuture<'_, Reservation> {
+        Box::pin(self.core.reserve(range, purpose))
+    }
+
+    fn write_zeroes(&self, range: GuestRange, unmap: bool, masked: bool) -> ImageFuture<'_, ()> {
+        Box::pin(self.core.write_zeroes(range, unmap, masked))
+    }
+
+    fn is_dirty(&self) -> bool {
+        self.core.is_dirty()
+    }
+
+    fn commit(&self) -> ImageFuture<'_, ()> {
+        Box::pin(self.core.commit())
+    }
+
+    fn settle(&self) -> ImageFuture<'_, ()> {
+        let core = self.core.clone();
+        Box::pin(detached(async move { core.settle().await }))
+    }
+
+    fn resize(&self, size: u64) -> ImageFuture<'_, ()> {
+        let core = self.core.clone();
+        Box::pin(detached(async move { core.resize(size).await }))
+    }
+
+    fn set_backing(&self, backing: Option<BackingRef>) -> ImageFuture<'_, ()> {
+        let core = self.core.clone();
+        Box::pin(detached(async move { core.set_backing(backing).await }))
+    }
+
+    fn check(&self, repair: Repair) -> ImageFuture<'_, CheckReport> {
+        let core = self.core.clone();
+        Box::pin(detached(async move { core.check(repair).await }))
+    }
+
+    fn poisoned(&self) -> Option<Error> {
+        self.core.poison.borrow().clone()
+    }
+
+    fn close(&self) -> ImageFuture<'_, ()> {
+        let core = self.core.clone();
+        Box::pin(detached(async move { core.close().await }))
+    }
+}
+
+impl Core {
+    /// Settles, fills the holes of this session, and closes the store, in any case.
+    async fn close(self: &Rc<Self>) -> Result<()> {
+        let settled =
+            if self.read_only || self.poison.borrow().is_some() { Ok(()) } else { self.settle_for_good().await };
+        let closed = self.store.close().await.map_err(Error::from);
+        settled.and(closed)
+    }
+
+    async fn settle_for_good(self: &Rc<Self>) -> Result<()> {
+        self.settle().await?;
+        let holes = { self.space.borrow().growable() && self.space.borrow().has_holes() };
+        if holes && self.active.get() == 0 {
+            self.fill_holes().await?;
+        }
+        Ok(())
+    }
+
+    fn needs_check(&self) -> bool {
+        self.header.get().features.contains(Features::NEED_CHECK)
+    }
+}

@@ -1,0 +1,284 @@
+//! Slices of L2 tables in memory.
+//!
+//! A slice is 4 KiB of a table: 512 entries. Its number counts slices over all tables, so it follows from the guest's offset.
+//!
+//! **Invariants.**
+//! * A slice that is dirty, being committed or pinned stays; any other one may be evicted whenever room is made.
+//! * A slice in memory is the truth; what the store holds may lag behind only while the slice is dirty or being committed.
+
+use layout::qed::{SLICE_BYTES, Slice};
+use ring::sync::Event;
+use std::cell::Cell;
+use std::collections::{BTreeSet, HashMap, VecDeque};
+
+/// Memory for slices: 8192 of them describe 256 GiB at 64 KiB a cluster, 16 GiB at 4 KiB.
+pub(super) const CACHE_BYTES: usize = 32 << 20;
+
+/// How much of it may wait for a commit before reservations do, too.
+const DIRTY_SHARE: usize = 2;
+
+struct Cached {
+    slice: Slice,
+    pins: u32,
+    dirty: bool,
+    committing: bool,
+    /// Looked at since the clock's hand passed.
+    used: Cell<bool>,
+}
+
+impl Cached {
+    fn evictable(&self) -> bool {
+        self.pins == 0 && !self.dirty && !self.committing
+    }
+}
+
+/// What must happen before another slice fits.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Room {
+    /// Nothing.
+    Free,
+    /// A commit: some are dirty.
+    Commit,
+    /// All are pinned: reservations must end.
+    Wait,
+}
+
+/// The slices of one image.
+pub(super) struct SliceCache {
+    slices: HashMap<u64, Cached>,
+    /// Second-chance clock over the numbers in `slices`.
+    clock: VecDeque<u64>,
+    /// Slices on their way from the store; the event tells when one has arrived or failed.
+    loading: HashMap<u64, Event>,
+    capacity: usize,
+    dirty: BTreeSet<u64>,
+}
+
+impl SliceCache {
+    /// Room for `bytes`, at least for a few slices.
+    pub(super) fn new(bytes: usize) -> Self {
+        Self {
+            slices: HashMap::new(),
+            clock: VecDeque::new(),
+            loading: HashMap::new(),
+            capacity: (bytes / SLICE_BYTES).max(4),
+            dirty: BTreeSet::new(),
+        }
+    }
+
+    /// The slice, if it is in memory.
+    #[inline]
+    pub(super) fn get(&self, number: u64) -> Option<&Slice> {
+        let cached = self.slices.get(&number)?;
+        cached.used.set(true);
+        Some(&cached.slice)
+    }
+
+    /// Whether the slice is in memory.
+    pub(super) fn contains(&self, number: u64) -> bool {
+        self.slices.contains_key(&number)
+    }
+
+    /// Keeps the slice in memory until [`SliceCache::unpin`]; false when it is not there.
+    pub(super) fn pin(&mut self, number: u64) -> bool {
+        match self.slices.get_mut(&number) {
+            Some(cached) => {
+                cached.pins += 1;
+                true
+            }
+            None => false,
+        }
+    }
+
+    /// Undoes one [`SliceCache::pin`].
+    pub(super) fn unpin(&mut self, number: u64) {
+        if let Some(cached) = self.slices.get_mut(&number) {
+            debug_assert!(cached.pins > 0);
+            cached.pins = cached.pins.saturating_sub(1);
+        }
+    }
+
+    /// Changes an entry of a slice that is in memory (it is pinned) and marks the slice dirty.
+    pub(super) fn set(&mut self, number: u64, index: usize, raw: u64) {
+        let Some(cached) = self.slices.get_mut(&number) else {
+            debug_assert!(false, "slice {number} is not in memory");
+            return;
+        };
+        cached.slice.set(index, raw);
+        cached.dirty = true;
+        self.dirty.insert(number);
+    }
+
+    /// Makes room for one slice, or says what must happen first.
+    pub(super) fn make_room(&mut self) -> Room {
+        // Two rounds of the hand: the first takes the second chances away.
+        let mut turns = 2 * self.clock.len();
+        while self.slices.len() >= self.capacity {
+            if turns == 0 {
+                return if self.dirty.is_empty() && !self.slices.values().any(|c| c.committing) {
+                    Room::Wait
+                } else {
+                    Room::Commit
+                };
+            }
+            turns -= 1;
+            let Some(number) = self.clock.pop_front() else { break };
+            match self.slices.get(&number) {
+                Some(cached) if !cached.evictable() || cached.used.replace(false) => self.clock.push_back(number),
+                _ => drop(self.slices.remove(&number)),
+            }
+        }
+        Room::Free
+    }
+
+    /// Adds a slice that came from the store (or is known to be all zeros there).
+    pub(super) fn insert(&mut self, number: u64, slice: Slice) {
+        let cached = Cached { slice, pins: 0, dirty: false, committing: false, used: Cell::new(true) };
+        let before = self.slices.insert(number, cached);
+        debug_assert!(before.is_none(), "slice {number} came twice");
+        self.clock.push_back(number);
+    }
+
+    /// Whoever brings the slice now, if anybody.
+    pub(super) fn loading(&self, number: u64) -> Option<&Event> {
+        self.loading.get(&number)
+    }
+
+    /// The caller brings the slice.
+    pub(super) fn begin_load(&mut self, number: u64) {
+        self.loading.insert(number, Event::new());
+    }
+
+    /// The caller has brought the slice or given up.
+    pub(super) fn end_load(&mut self, number: u64) {
+        if let Some(event) = self.loading.remove(&number) {
+            event.notify_all();
+        }
+    }
+
+    /// Whether there is something to commit.
+    pub(super) fn is_dirty(&self) -> bool {
+        !self.dirty.is_empty()
+    }
+
+    /// Whether so much is dirty that reservations should wait for a commit.
+    pub(super) fn is_crowded(&self) -> bool {
+        self.dirty.len() > self.capacity / DIRTY_SHARE
+    }
+
+    /// Copies of all dirty slices as they are on disk, in order; what is changed from now on is dirty again.
+    pub(super) fn begin_commit(&mut self) -> Vec<(u64, Slice)> {
+        let mut copies = Vec::with_capacity(self.dirty.len());
+        for number in std::mem::take(&mut self.dirty) {
+            if let Some(cached) = self.slices.get_mut(&number) {
+                cached.dirty = false;
+                cached.committing = true;
+                copies.push((number, cached.slice.clone()));
+            }
+        }
+        copies
+    }
+
+    /// The copies are durable, or (`failed`) may not be: then the slices stay in memory as the only truth.
+    pub(super) fn end_commit(&mut self, numbers: impl IntoIterator<Item = u64>, failed: bool) {
+        for number in numbers {
+            if let Some(cached) = self.slices.get_mut(&number) {
+                cached.committing = false;
+                if failed {
+                    cached.dirty = true;
+                    self.dirty.insert(number);
+                }
+            }
+        }
+    }
+
+    /// Forgets everything: the tables on disk were rewritten. Nothing is dirty or pinned.
+    pub(super) fn clear(&mut self) {
+        debug_assert!(self.dirty.is_empty() && self.slices.values().all(Cached::evictable));
+        self.slices.clear();
+        self.clock.clear();
+    }
+
+    /// Slices in memory.
+    #[cfg(test)]
+    pub(super) fn len(&self) -> usize {
+        self.slices.len()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn cache(slices: usize) -> SliceCache {
+        SliceCache::new(slices * SLICE_BYTES)
+    }
+
+    fn fill(cache: &mut SliceCache, numbers: std::ops::Range<u64>) {
+        for number in numbers {
+            assert_eq!(cache.make_room(), Room::Free);
+            cache.insert(number, Slice::zeroed());
+        }
+    }
+
+    #[test]
+    fn budget_is_kept_and_the_used_survive() {
+        let mut cache = cache(8);
+        fill(&mut cache, 0..8);
+        for round in 8..100 {
+            assert!(cache.get(3).is_some(), "evicted though in use, round {round}");
+            fill(&mut cache, round..round + 1);
+            assert_eq!(cache.len(), 8);
+        }
+    }
+
+    #[test]
+    fn dirty_and_pinned_stay_and_say_what_to_wait_for() {
+        let mut cache = cache(4);
+        fill(&mut cache, 0..4);
+        for number in 0..4 {
+            assert!(cache.pin(number));
+        }
+        assert_eq!(cache.make_room(), Room::Wait);
+        cache.set(2, 0, 1);
+        for number in 0..4 {
+            cache.unpin(number);
+        }
+        fill(&mut cache, 4..7);
+        assert!(cache.contains(2));
+        for number in 4..7 {
+            cache.set(number, 0, 1);
+        }
+        assert_eq!(cache.make_room(), Room::Commit);
+        let copies = cache.begin_commit();
+        assert_eq!(cache.make_room(), Room::Commit, "in flight counts as dirty");
+        cache.end_commit(copies.iter().map(|c| c.0), false);
+        assert_eq!(cache.make_room(), Room::Free);
+    }
+
+    #[test]
+    fn changed_while_committing_is_dirty_again() {
+        let mut cache = cache(4);
+        fill(&mut cache, 0..1);
+        cache.set(0, 7, 1);
+        let copies = cache.begin_commit();
+        assert!(!cache.is_dirty());
+        cache.set(0, 8, 1);
+        assert_eq!((copies[0].1.raw()[7], copies[0].1.raw()[8]), (1, 0));
+        cache.end_commit([0], false);
+        assert!(cache.is_dirty());
+        assert_eq!(cache.begin_commit()[0].1.raw()[8], 1);
+    }
+
+    #[test]
+    fn failed_commit_keeps_the_truth() {
+        let mut cache = cache(4);
+        fill(&mut cache, 0..4);
+        cache.set(0, 7, 1);
+        let copies = cache.begin_commit();
+        cache.end_commit(copies.iter().map(|c| c.0), true);
+        assert!(cache.is_dirty());
+        fill(&mut cache, 4..20);
+        assert_eq!(cache.get(0).unwrap().raw()[7], 1);
+    }
+}

@@ -1,0 +1,23 @@
+//! Opening: a length is all there is to know.
+
+use super::{MAX_SIZE, RawImage, SECTOR};
+use crate::{Error, ErrorKind, Image, OpenOptions, Result};
+use std::cell::{Cell, RefCell};
+use std::rc::Rc;
+use store::Store;
+
+/// Opens the raw image in `store`.
+pub(crate) fn open(store: Rc<dyn Store>, options: OpenOptions) -> Result<Rc<dyn Image>> {
+    if store.limits().read_only && !options.read_only {
+        let what = "it cannot be written to; open it read-only";
+        return Err(Error::new(ErrorKind::ReadOnly, store.name(), None, what));
+    }
+    let limits = store.limits();
+    // The last sector may reach past the end of a file, not of a device.
+    let size = match store.size().checked_next_multiple_of(SECTOR) {
+        Some(size) if size <= MAX_SIZE && !limits.fixed_size => size,
+        Some(size) if size <= MAX_SIZE => store.size() / SECTOR * SECTOR,
+        _ => MAX_SIZE,
+    };
+    Ok(Rc::new(RawImage { store, read_only: options.read_only, size: Cell::new(size), poison: RefCell::new(None) }))
+}
