@@ -1,0 +1,8 @@
+//! Tests of the image contract, written once for every format: [`subject::subjects`] lists the formats and geometries, and a new format
+//! inherits everything by adding itself there.
+
+extern crate headwater_image as image;
+
+mod basics;
+mod guest;
+mod subject;
