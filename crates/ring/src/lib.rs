@@ -32,5 +32,6 @@ pub use executor::{Backend, Config, JoinHandle, Ring, spawn, unblock, yield_now}
 pub use file::{AllocateMode, Events, File};
 pub use inbox::{Closed, Handle, Reply};
 pub use iov::Iov;
+pub use runtime::is_running;
 pub use shard::Shard;
 pub use time::{Instant, now, sleep, sleep_until, timeout};

@@ -51,6 +51,11 @@ pub(crate) fn current() -> Rc<Core> {
         .expect("no ring runs on this thread: this is only possible inside Ring::block_on")
 }
 
+/// Whether a ring (or a simulation) runs on this thread: elsewhere nothing can be spawned.
+pub fn is_running() -> bool {
+    CURRENT.try_with(|current| current.borrow().is_some()).unwrap_or(false)
+}
+
 /// Makes `core` the running ring until the guard is dropped.
 fn enter(core: &Rc<Core>) -> impl Drop + use<> {
     struct Leave(Option<Rc<Core>>);
