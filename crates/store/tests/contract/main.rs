@@ -1,0 +1,8 @@
+//! What every store promises, asked of every store: memory, a file through the page cache and past it, and the
+//! decorators around them.
+
+mod beds;
+mod file;
+mod locks;
+mod model;
+mod suite;
