@@ -6,6 +6,7 @@ use crate::reactor::Reactor;
 use crate::runtime::{self, Core, Driver};
 use crate::task::Outcome;
 use std::env;
+use std::ffi::OsString;
 use std::future::{Future, poll_fn};
 use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -31,12 +32,9 @@ pub enum Backend {
 const BACKEND_VARIABLE: &str = "HEADWATER_RING";
 
 impl Backend {
-    /// What `Auto` stands for, by the environment.
-    fn resolve(self) -> io::Result<Self> {
-        if self != Self::Auto {
-            return Ok(self);
-        }
-        let Some(value) = env::var_os(BACKEND_VARIABLE) else { return Ok(self) };
+    /// What `Auto` stands for, given the environment's word.
+    fn resolve(self, word: Option<OsString>) -> io::Result<Self> {
+        let Some(value) = word.filter(|_| self == Self::Auto) else { return Ok(self) };
         match value.to_str() {
             Some("" | "auto") => Ok(Self::Auto),
             Some("uring") => Ok(Self::Uring),
@@ -75,7 +73,7 @@ impl Ring {
     /// Makes a ring for this thread.
     pub fn new(config: Config) -> io::Result<Self> {
         let inbox = Arc::new(Inbox::new(config.inbox, true)?);
-        let reactor = Reactor::new(config.backend.resolve()?, config.entries, &inbox)?;
+        let reactor = Reactor::new(config.backend.resolve(env::var_os(BACKEND_VARIABLE))?, config.entries, &inbox)?;
         Ok(Self { core: Core::new(inbox, Driver::Real(reactor)) })
     }
 
@@ -137,4 +135,22 @@ pub async fn yield_now() {
         Poll::Pending
     })
     .await;
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_environment_overrides_auto_only() {
+        let resolve =
+            |backend: Backend, word: &str| backend.resolve(Some(word.into())).map_err(|error| error.to_string());
+        assert_eq!(resolve(Backend::Auto, "threads"), Ok(Backend::Threads));
+        assert_eq!(resolve(Backend::Auto, "uring"), Ok(Backend::Uring));
+        assert_eq!(resolve(Backend::Auto, ""), Ok(Backend::Auto));
+        assert_eq!(resolve(Backend::Uring, "threads"), Ok(Backend::Uring));
+        assert_eq!(Backend::Auto.resolve(None).unwrap(), Backend::Auto);
+        let error = resolve(Backend::Auto, "epoll").unwrap_err();
+        assert_eq!(error, "HEADWATER_RING=epoll: say uring, threads or auto");
+    }
 }

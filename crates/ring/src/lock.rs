@@ -83,7 +83,10 @@ mod tests {
         assert!(!refused(a.as_fd(), Lock::Shared, 100, 1).unwrap());
         assert!(!refused(a.as_fd(), Lock::Exclusive, 101, 1).unwrap());
         drop(b);
-        assert!(!refused(a.as_fd(), Lock::Exclusive, 100, 1).unwrap(), "gone with its description; one's own is no obstacle");
+        assert!(
+            !refused(a.as_fd(), Lock::Exclusive, 100, 1).unwrap(),
+            "gone with its description; one's own is no obstacle"
+        );
         assert!(set(a.as_fd(), Lock::Unlocked, 100, 1).unwrap());
     }
 

@@ -333,7 +333,7 @@ fn attempt_once(slots: &mut Slots, number: u32, kind: Kind) -> Tried {
         }
         Kind::Recv { socket: false } => match ready(fd, Events::Readable) {
             0 => Tried::NotReady,
-            _ if is_regular(fd) => Tried::Blocks,
+            _ if file_type(fd) == libc::S_IFREG => Tried::Blocks,
             _ => {
                 let (list, count) = slot.list(usize::MAX);
                 // SAFETY: the list and all it describes belong to the slot; the descriptor is open.
@@ -342,9 +342,11 @@ fn attempt_once(slots: &mut Slots, number: u32, kind: Kind) -> Tried {
         },
         Kind::Send { socket: false } => match ready(fd, Events::Writable) {
             0 => Tried::NotReady,
-            _ if is_regular(fd) => Tried::Blocks,
+            _ if file_type(fd) == libc::S_IFREG => Tried::Blocks,
             _ => {
-                let (list, count) = slot.list(PIPE_ATOMIC);
+                // A pipe takes a part; a device (`/dev/fuse`) wants its message whole.
+                let most = if file_type(fd) == libc::S_IFIFO { PIPE_ATOMIC } else { usize::MAX };
+                let (list, count) = slot.list(most);
                 // SAFETY: as above.
                 Tried::Done(answer(unsafe { libc::writev(fd, list, count) }))
             }
@@ -374,10 +376,11 @@ fn accept(file: &File) -> Tried {
     Tried::Done(answer(result as isize))
 }
 
-fn is_regular(fd: RawFd) -> bool {
+/// The kind of file behind a descriptor (0 when nobody knows).
+fn file_type(fd: RawFd) -> libc::mode_t {
     // SAFETY: a `stat` is plain data, for which zeros are valid.
     let mut stat: libc::stat = unsafe { mem::zeroed() };
     // SAFETY: `stat` is writable and of the right type.
     let known = unsafe { libc::fstat(fd, &raw mut stat) } == 0;
-    known && stat.st_mode & libc::S_IFMT == libc::S_IFREG
+    if known { stat.st_mode & libc::S_IFMT } else { 0 }
 }

@@ -1,9 +1,11 @@
 //! Operations on files.
 
+use ring::lock::{self, Lock};
 use ring::{AllocateMode, Events, File, Iov, Ring, spawn, yield_now};
 use std::cell::Cell;
 use std::fs;
 use std::io;
+use std::os::fd::AsFd;
 use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
 use std::rc::Rc;
 
@@ -20,6 +22,7 @@ on_both! {
     many_operations_at_once
     more_operations_than_the_queue_has_room_for
     a_registered_descriptor_works_and_closes
+    locks_go_with_the_last_clone
     a_dropped_future_keeps_its_buffer_alive
     direct_io
     regular_files_are_always_ready
@@ -247,6 +250,29 @@ fn a_registered_descriptor_works_and_closes(ring: &Ring) {
     ring.block_on(async { assert_eq!(file.read_at(0, &Iov::alloc(1)).await.unwrap(), 1) });
     drop(other);
     ring.block_on(async { assert_eq!(file.read_at(0, &Iov::alloc(1)).await.unwrap(), 1) });
+}
+
+fn locks_go_with_the_last_clone(ring: &Ring) {
+    let path = tempfile::NamedTempFile::new().unwrap();
+    let other = path.reopen().unwrap();
+    ring.block_on(async {
+        for round in 0..50 {
+            let file = File::new(path.reopen().unwrap().into());
+            if round % 2 == 0 {
+                file.register();
+            }
+            assert!(lock::set(file.as_fd(), Lock::Exclusive, 100, 1).unwrap());
+            assert!(lock::refused(other.as_fd(), Lock::Exclusive, 100, 1).unwrap());
+            let task = {
+                let file = file.clone();
+                spawn(async move { file.write_at(0, &Iov::zeroed(4096), true).await })
+            };
+            task.await.unwrap();
+            drop(file);
+            // Nothing in the ring holds the file open any longer: an image can be opened again at once.
+            assert!(!lock::refused(other.as_fd(), Lock::Exclusive, 100, 1).unwrap(), "round {round}");
+        }
+    });
 }
 
 fn a_dropped_future_keeps_its_buffer_alive(ring: &Ring) {
