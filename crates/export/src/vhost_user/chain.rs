@@ -141,7 +141,7 @@ impl Chain {
             let descriptor: Descriptor = memory.read_obj(at).map_err(|_| Malformed::Table)?;
             if descriptor.refers_to_indirect_table() {
                 let entries = descriptor.len() / DESCRIPTOR;
-                let whole = descriptor.len() % DESCRIPTOR == 0 && (1..=MAX_DESCRIPTORS).contains(&entries);
+                let whole = descriptor.len().is_multiple_of(DESCRIPTOR) && (1..=MAX_DESCRIPTORS).contains(&entries);
                 if !indirect || inside || descriptor.has_next() || !whole {
                     return Err(Malformed::Indirect);
                 }
@@ -191,7 +191,10 @@ mod tests {
     const SECOND: u64 = 0x4000;
     const SIZE: u16 = 16;
 
-    fn memory(descriptors: &[(u64, u32, u16, u16)], second: &[(u64, u32, u16, u16)]) -> std::rc::Rc<GuestMap> {
+    /// Address, length, flags, next.
+    type Parts = (u64, u32, u16, u16);
+
+    fn memory(descriptors: &[Parts], second: &[Parts]) -> std::rc::Rc<GuestMap> {
         let map = GuestMap::anonymous(&[(0, 0x8000)]);
         for (base, list) in [(TABLE.0, descriptors), (SECOND, second)] {
             for (i, &(at, len, flags, next)) in list.iter().enumerate() {
@@ -202,7 +205,7 @@ mod tests {
         map
     }
 
-    fn follow(descriptors: &[(u64, u32, u16, u16)], second: &[(u64, u32, u16, u16)]) -> Result<Chain, Malformed> {
+    fn follow(descriptors: &[Parts], second: &[Parts]) -> Result<Chain, Malformed> {
         Chain::follow(memory(descriptors, second).memory(), TABLE, SIZE, 0, true)
     }
 
@@ -243,7 +246,7 @@ mod tests {
 
     #[test]
     fn chains_without_a_certain_end_are_malformed() {
-        let cases: &[(Malformed, &[(u64, u32, u16, u16)], &[(u64, u32, u16, u16)])] = &[
+        let cases: &[(Malformed, &[Parts], &[Parts])] = &[
             (Malformed::Loop, &[(0, 1, NEXT, 0)], &[]),
             (Malformed::Loop, &[(0, 1, NEXT, 1), (0, 1, NEXT, 0)], &[]),
             (Malformed::Next, &[(0, 1, NEXT, SIZE)], &[]),

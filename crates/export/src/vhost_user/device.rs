@@ -147,7 +147,8 @@ impl Device {
             QueueCommand::Stop => return Ok(Reply::Base(self.stop(index).await)),
             QueueCommand::Kick(kick) => {
                 self.unwatch(index);
-                self.watch(&kick, u64::from(index)).map_err(|e| format!("what kicks the queue cannot be watched: {e}"))?;
+                self.watch(&kick, u64::from(index))
+                    .map_err(|e| format!("what kicks the queue cannot be watched: {e}"))?;
                 self.kicks.borrow_mut()[usize::from(index)] = Some(kick);
                 queue.set_kicked();
             }

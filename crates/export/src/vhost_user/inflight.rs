@@ -149,7 +149,7 @@ impl Tracker {
     pub(super) fn begin(&self, head: u16) {
         let counter = self.counter.get();
         self.counter.set(counter.wrapping_add(1));
-        if let Some(cell) = self.cell64(self.state(head) + OF_COUNTER) {
+        if let Some(cell) = self.cell64(state(head) + OF_COUNTER) {
             cell.store(counter, Ordering::Release);
         }
         self.mark(head, true);
@@ -157,7 +157,7 @@ impl Tracker {
 
     /// Says that `head` is about to go into the used ring.
     pub(super) fn publish(&self, head: u16) {
-        self.set16(self.state(head) + OF_NEXT, self.get16(AT_LAST_BATCH_HEAD));
+        self.set16(state(head) + OF_NEXT, self.get16(AT_LAST_BATCH_HEAD));
         self.set16(AT_LAST_BATCH_HEAD, head);
     }
 
@@ -186,13 +186,13 @@ impl Tracker {
                 return Err(Inconsistent);
             }
             self.mark(head, false);
-            head = self.get16(self.state(head) + OF_NEXT);
+            head = self.get16(state(head) + OF_NEXT);
             doubtful -= 1;
         }
         self.set16(AT_USED_IDX, used);
         let mut taken: Vec<(u64, u16)> = self
             .marked()
-            .map(|head| (self.cell64(self.state(head) + OF_COUNTER).map_or(0, |c| c.load(Ordering::Acquire)), head))
+            .map(|head| (self.cell64(state(head) + OF_COUNTER).map_or(0, |c| c.load(Ordering::Acquire)), head))
             .collect();
         taken.sort_unstable();
         self.counter.set(taken.last().map_or(0, |&(counter, _)| counter.wrapping_add(1)));
@@ -201,19 +201,13 @@ impl Tracker {
 
     fn marked(&self) -> impl Iterator<Item = u16> + '_ {
         (0..self.entries.get())
-            .filter(|&head| self.cell8(self.state(head) + OF_INFLIGHT).is_some_and(|c| c.load(Ordering::Acquire) == 1))
+            .filter(|&head| self.cell8(state(head) + OF_INFLIGHT).is_some_and(|c| c.load(Ordering::Acquire) == 1))
     }
 
     fn mark(&self, head: u16, inflight: bool) {
-        if let Some(cell) = self.cell8(self.state(head) + OF_INFLIGHT) {
+        if let Some(cell) = self.cell8(state(head) + OF_INFLIGHT) {
             cell.store(u8::from(inflight), Ordering::Release);
         }
-    }
-
-    /// Offset of a descriptor's state within the queue's region. Heads are below the queue's size, which is at most
-    /// `entries` (see [`Region::queue`]).
-    fn state(&self, head: u16) -> usize {
-        HEADER + STATE * usize::from(head)
     }
 
     // The cells below lie within the mapping and are aligned by construction; a `None` cannot come up.
@@ -235,6 +229,12 @@ impl Tracker {
     fn cell64(&self, at: usize) -> Option<&AtomicU64> {
         self.mapping.get_atomic_ref(self.base + at).ok()
     }
+}
+
+/// Offset of a descriptor's state within its queue's region. Heads are below the queue's size, which is at most the
+/// region's number of entries (see [`Region::queue`]).
+fn state(head: u16) -> usize {
+    HEADER + STATE * usize::from(head)
 }
 
 #[cfg(test)]

@@ -23,7 +23,7 @@ use std::time::Duration;
 use vhost::VhostUserMemoryRegionBase;
 use vhost::vhost_user::message::{
     FrontendReq, VhostTransferStateDirection, VhostTransferStatePhase, VhostUserConfigFlags, VhostUserInflight,
-    VhostUserLog, VhostUserMemoryRegion, VhostUserProtocolFeatures, VhostUserSharedMsg, VhostUserShMemConfig,
+    VhostUserLog, VhostUserMemoryRegion, VhostUserProtocolFeatures, VhostUserShMemConfig, VhostUserSharedMsg,
     VhostUserSingleMemoryRegion, VhostUserVringAddrFlags, VhostUserVringState,
 };
 use vhost::vhost_user::{BackendReqHandler, Error, GpuBackend, Result, VhostUserBackendReqHandlerMut};
@@ -111,8 +111,7 @@ impl Protocol {
     fn accept(&self) -> Option<UnixStream> {
         let listener = self.socket.listener();
         loop {
-            let mut wait =
-                [PollFd::new(listener, PollFlags::IN), PollFd::new(&self.control.bell, PollFlags::IN)];
+            let mut wait = [PollFd::new(listener, PollFlags::IN), PollFd::new(&self.control.bell, PollFlags::IN)];
             match rustix::event::poll(&mut wait, None) {
                 Ok(_) | Err(rustix::io::Errno::INTR) => {}
                 Err(error) => {

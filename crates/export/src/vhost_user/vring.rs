@@ -407,13 +407,7 @@ impl Vring {
     }
 
     /// Begins the requests at `heads`, each as a task of its own.
-    fn begin(
-        self: &Rc<Self>,
-        state: &mut State,
-        map: &Rc<GuestMap>,
-        heads: &[u16],
-        again: bool,
-    ) -> Result<(), Broken> {
+    fn begin(self: &Rc<Self>, state: &mut State, map: &Rc<GuestMap>, heads: &[u16], again: bool) -> Result<(), Broken> {
         let Target { disk, read_only, .. } = &*self.target;
         let terms = Terms { features: state.features, size: disk.size(), read_only: *read_only };
         let durable = !state.features.write_back();
@@ -470,7 +464,12 @@ impl Vring {
         let mut state = self.state.borrow_mut();
         if !std::mem::replace(&mut state.broken, true) {
             let disk = self.target.disk.name();
-            tracing::error!(disk, queue = self.index, why = why.0, "a virtqueue is broken: the guest must reset its device");
+            tracing::error!(
+                disk,
+                queue = self.index,
+                why = why.0,
+                "a virtqueue is broken: the guest must reset its device"
+            );
             signal(state.err.as_ref());
         }
     }

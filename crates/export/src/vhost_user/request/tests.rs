@@ -151,7 +151,8 @@ fn without_a_place_for_a_status_there_is_no_request() {
 #[test]
 fn a_serial_fills_what_room_there_is() {
     for (len, want) in [(20, 20), (5, 5), (64, 20)] {
-        let Work::Identify(into) = work(VIRTIO_BLK_T_GET_ID, 0, &[(HEAD, 16, 0), (DATA, len, WRITE), (STATUS, 1, WRITE)])
+        let Work::Identify(into) =
+            work(VIRTIO_BLK_T_GET_ID, 0, &[(HEAD, 16, 0), (DATA, len, WRITE), (STATUS, 1, WRITE)])
         else {
             panic!("not a request for the serial")
         };
