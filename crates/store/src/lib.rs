@@ -4,6 +4,7 @@
 //! [`trace`] are decorators around any of them.
 #![forbid(unsafe_code)]
 
+mod abandoned;
 pub mod error;
 pub mod fault;
 pub mod file;
@@ -69,7 +70,8 @@ pub struct Limits {
 /// * **[`Store::flush`]** makes durable what had *completed* when it was called, length included. Concurrent flushes are
 ///   allowed. After a failed flush the store is *poisoned*: writes and flushes fail with [`ErrorKind::Poisoned`] and the
 ///   first cause; reads go on. A failed flush is never retried as if its data were still dirty.
-/// * **Cancellation**: dropping a future gives up the answer; the operation may still take effect.
+/// * **Cancellation**: dropping a future gives up the answer; the operation may still take effect, whole or in part, but it
+///   is over before any later operation touches its range.
 pub trait Store: 'static {
     /// What messages call it: the path as the user wrote it.
     fn name(&self) -> &str;

@@ -21,7 +21,8 @@ pub(super) struct Extents {
     changes: Cell<u64>,
     /// The file cannot tell.
     unknown: Cell<bool>,
-    /// System calls made; for tests.
+    /// Times the file was asked.
+    #[cfg(test)]
     asked: Cell<u64>,
 }
 
@@ -43,9 +44,9 @@ impl Extents {
         }
     }
 
-    #[cfg(test)]
-    pub(super) fn asked(&self) -> u64 {
-        self.asked.get()
+    fn count(&self) {
+        #[cfg(test)]
+        self.asked.set(self.asked.get() + 1);
     }
 }
 
@@ -66,7 +67,7 @@ impl FileStore {
             return Ok(HostExtent { len: run.end().min(range.end()) - range.start(), backing });
         }
         let before = self.extents.changes.get();
-        self.extents.asked.set(self.extents.asked.get() + 1);
+        self.extents.count();
         let (fd, start) = (Arc::clone(&open.fd), range.start().get());
         let answer = ring::unblock(move || seek_run(fd.as_fd(), start)).await;
         let (end, backing) = match answer {
@@ -103,5 +104,39 @@ fn seek_run(file: BorrowedFd<'_>, start: u64) -> Result<(Option<u64>, Backing), 
             Ok(_) | Err(Errno::NXIO) => Ok((Some(start + 1), Backing::Data)),
             Err(error) => Err(error),
         },
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::OpenOptions;
+    use super::*;
+    use crate::{Store, ZeroMode};
+    use ring::{Config, Iov, Ring};
+
+    #[test]
+    fn one_run_is_asked_for_once_until_it_changes() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        Ring::new(Config::default()).unwrap().block_on(async {
+            let store = FileStore::open(file.path(), OpenOptions::default()).await.unwrap();
+            let at = |start| HostRange::new(HostOffset(start), 100);
+            store.set_size(1 << 20).await.unwrap();
+            store.write(HostOffset(1 << 19), Iov::from_slice(&[1; 65536]), false).await.unwrap();
+            for start in 0..500 {
+                assert_eq!(
+                    store.extent(at(start * 1000)).await.unwrap(),
+                    HostExtent { len: 100, backing: Backing::Hole }
+                );
+            }
+            assert_eq!(store.extents.asked.get(), 1);
+            for start in 0..50 {
+                assert_eq!(store.extent(at((1 << 19) + start)).await.unwrap().backing, Backing::Data);
+                store.write(HostOffset((1 << 19) + start), Iov::from_slice(&[2]), false).await.unwrap();
+            }
+            assert_eq!(store.extents.asked.get(), 2, "writing to data leaves it data");
+            store.zero(at((1 << 19) + 10), ZeroMode { unmap: true }).await.unwrap();
+            store.extent(at((1 << 19) + 50)).await.unwrap();
+            assert_eq!(store.extents.asked.get(), 3, "what was zeroed is asked for again");
+        });
     }
 }

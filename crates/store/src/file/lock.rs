@@ -62,7 +62,9 @@ pub(super) fn acquire(file: BorrowedFd<'_>, name: &str, claim: Claim, read_only:
             Err(Error::new(ErrorKind::Locked, Operation::Lock, name, None, describe(&conflict, read_only)))
         }
         Err(error) if has_none(&error) => {
-            tracing::warn!("'{name}' lies on a file system without locks: nothing keeps others from writing it ({error})");
+            tracing::warn!(
+                "'{name}' lies on a file system without locks: nothing keeps others from writing it ({error})"
+            );
             Ok(())
         }
         Err(error) => Err(Error::from_io(Operation::Lock, name, None, error)),
@@ -77,7 +79,11 @@ pub(super) fn release(file: BorrowedFd<'_>) -> io::Result<()> {
 fn try_acquire(file: BorrowedFd<'_>, claim: Claim) -> io::Result<Option<Conflict>> {
     for byte in claim.bytes() {
         if !lock::set(file, Lock::Shared, byte, 1)? {
-            return Ok(Some(if byte < REFUSED { Conflict::Refused(byte - USED) } else { Conflict::Used(byte - REFUSED) }));
+            return Ok(Some(if byte < REFUSED {
+                Conflict::Refused(byte - USED)
+            } else {
+                Conflict::Used(byte - REFUSED)
+            }));
         }
     }
     for permission in claim.refuses {

@@ -8,7 +8,6 @@
 //!   nothing is written any more: the kernel reports such an error once, and forgets which data it was about.
 //! * Alignment is known in `align.rs` and nowhere else.
 
-mod abandoned;
 mod align;
 mod extent;
 mod lock;
@@ -17,9 +16,9 @@ mod ranges;
 mod transfer;
 mod zero;
 
+use crate::abandoned::{Abandoned, Change};
 use crate::memory::SIZE_MAX;
 use crate::{Error, ErrorKind, HostExtent, IoFuture, Limits, Operation, Result, Store, ZeroMode};
-use abandoned::{Abandoned, Change};
 use extent::Extents;
 use layout::{HostOffset, HostRange};
 use open::{Alignment, Opened};
@@ -73,7 +72,7 @@ pub struct FileStore {
     /// Why nothing is written any more.
     poison: RefCell<Option<Error>>,
     ranges: Ranges,
-    abandoned: Abandoned,
+    abandoned: Rc<Abandoned>,
     zeroing: Zeroing,
     extents: Extents,
 }
@@ -142,7 +141,7 @@ impl FileStore {
             idle: Event::new(),
             poison: RefCell::default(),
             ranges: Ranges::default(),
-            abandoned: Abandoned::default(),
+            abandoned: Rc::default(),
             zeroing: Zeroing::default(),
             extents: Extents::default(),
         }))
@@ -192,14 +191,13 @@ impl FileStore {
         W: AsyncFnOnce(&Self, &Open) -> Result<()> + 'static,
     {
         let store = self.me.upgrade().expect("only an Rc of it is ever handed out");
-        let own = Rc::clone(&store);
         let work = Box::pin(async move {
             check(&store)?;
             let running = store.begin(operation, Some(range))?;
             store.abandoned.clear_of(range).await;
             work(&store, &running.open).await
         });
-        Box::pin(Change::new(own, range, work))
+        Box::pin(Change::new(&self.abandoned, range, work))
     }
 
     /// Writes `from` to `range`, and follows the length.

@@ -86,7 +86,8 @@ pub(super) fn open(path: &Path, options: &OpenOptions, create: bool) -> Result<O
     let cached = u64::try_from(stat.st_blksize).unwrap_or(0).next_power_of_two();
     let cached = cached.clamp(ALIGN_ASSUMED.into(), OFFSET_ALIGN_MAX.into());
     let (alignment, twin) = if options.direct {
-        let alignment = direct_alignment(fd.as_fd(), block_device, cached).ok_or_else(|| no_direct(operation, &name))?;
+        let alignment =
+            direct_alignment(fd.as_fd(), block_device, cached).ok_or_else(|| no_direct(operation, &name))?;
         let twin = if options.read_only || block_device { None } else { Some(open_twin(path, &name, &stat, flags)?) };
         (alignment, twin)
     } else {

@@ -4,7 +4,6 @@ use ring::sim::Sim;
 use ring::{Config, Ring};
 use std::path::Path;
 use std::rc::Rc;
-use store::fault::FaultStore;
 use store::file::{FileStore, OpenOptions};
 use store::memory::MemoryStore;
 use store::trace::{Trace, TraceStore};
@@ -12,12 +11,12 @@ use store::{ErrorKind, Store};
 use tempfile::TempDir;
 
 /// Runs `test` on a ring.
-pub fn on_ring<T>(test: impl Future<Output = T>) -> T {
+pub(crate) fn on_ring<T>(test: impl Future<Output = T>) -> T {
     Ring::new(Config::default()).expect("a ring").block_on(test)
 }
 
 /// A new file in `folder`, through the page cache or past it; `None` (and a word) where the file system refuses that.
-pub async fn new_file(folder: &Path, direct: bool) -> Option<Rc<FileStore>> {
+pub(crate) async fn new_file(folder: &Path, direct: bool) -> Option<Rc<FileStore>> {
     let options = OpenOptions { direct, ..OpenOptions::default() };
     match FileStore::create(&folder.join("image"), options).await {
         Ok(store) => Some(store),
@@ -30,16 +29,10 @@ pub async fn new_file(folder: &Path, direct: bool) -> Option<Rc<FileStore>> {
 }
 
 /// Runs `test` on an empty store of every kind; under the simulation with several seeds.
-pub fn on_every_store(test: impl AsyncFn(Rc<dyn Store>)) {
+pub(crate) fn on_every_store(test: impl AsyncFn(Rc<dyn Store>)) {
     for seed in 0..8 {
         let sim = Sim::new(seed);
         sim.block_on(test(MemoryStore::new("memory", 0)));
-        sim.block_on(test(FaultStore::new(MemoryStore::new("fault", 0), seed)));
-        sim.block_on(async {
-            let store = FaultStore::new(MemoryStore::new("volatile", 0), seed);
-            store.make_volatile(512).await.unwrap();
-            test(store).await;
-        });
         sim.block_on(test(TraceStore::new(MemoryStore::new("trace", 0), Trace::keeping(16))));
     }
     let folder = TempDir::new().unwrap();
@@ -49,7 +42,7 @@ pub fn on_every_store(test: impl AsyncFn(Rc<dyn Store>)) {
                 let Some(file) = new_file(folder.path(), direct).await else { continue };
                 let closing = Rc::clone(&file);
                 if wrapped {
-                    test(TraceStore::new(FaultStore::new(file, 1), Trace::off())).await;
+                    test(TraceStore::new(file, Trace::off())).await;
                 } else {
                     test(file).await;
                 }

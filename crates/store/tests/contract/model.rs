@@ -23,7 +23,7 @@ enum Operation {
 
 const SPAN: usize = 40_000;
 
-fn position() -> impl Strategy<Value = usize> {
+fn position() -> impl Strategy<Value = usize> + Clone {
     prop_oneof![0..SPAN, (0..SPAN / 512).prop_map(|block| block * 512), (0..SPAN / 4096).prop_map(|page| page * 4096)]
 }
 

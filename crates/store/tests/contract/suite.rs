@@ -6,17 +6,17 @@ use ring::Iov;
 use std::rc::Rc;
 use store::{Backing, ErrorKind, Store, ZeroMode};
 
-pub fn range(start: u64, len: u64) -> HostRange {
+pub(crate) fn range(start: u64, len: u64) -> HostRange {
     HostRange::new(HostOffset(start), len)
 }
 
 /// Bytes that tell where they belong.
-pub fn pattern(tag: u8, len: usize) -> Vec<u8> {
+pub(crate) fn pattern(tag: u8, len: usize) -> Vec<u8> {
     (0..len).map(|at| tag.wrapping_add((at % 239) as u8) | 1).collect()
 }
 
 /// `bytes` in memory that is aligned to nothing.
-pub fn askew(bytes: &[u8]) -> Iov {
+pub(crate) fn askew(bytes: &[u8]) -> Iov {
     let room = Iov::alloc(bytes.len() + 3);
     let askew = room.slice(3..room.len());
     askew.write(0, bytes);
@@ -24,11 +24,11 @@ pub fn askew(bytes: &[u8]) -> Iov {
 }
 
 /// `bytes` in segments of odd lengths.
-pub fn scattered(bytes: &[u8]) -> Iov {
+pub(crate) fn scattered(bytes: &[u8]) -> Iov {
     bytes.chunks(1000).fold(Iov::empty(), |list, chunk| list.join(&askew(chunk)))
 }
 
-pub async fn read(store: &Rc<dyn Store>, at: u64, len: usize) -> Vec<u8> {
+pub(crate) async fn read(store: &Rc<dyn Store>, at: u64, len: usize) -> Vec<u8> {
     let into = askew(&vec![0xee; len]);
     store.read(HostOffset(at), into.clone()).await.unwrap();
     into.to_vec()
@@ -104,7 +104,8 @@ fn zeroing_zeroes_what_it_was_asked_to_and_no_more() {
         on_every_store(async |store| {
             let mut model = pattern(9, 100_001);
             store.write(HostOffset(0), Iov::from_slice(&model), false).await.unwrap();
-            let ranges = [(0, 4096), (4096, 1), (8191, 2), (10_000, 50_000), (99_000, 1001), (99_000, 3000), (110_000, 7)];
+            let ranges =
+                [(0, 4096), (4096, 1), (8191, 2), (10_000, 50_000), (99_000, 1001), (99_000, 3000), (110_000, 7)];
             for (start, len) in ranges {
                 store.zero(range(start as u64, len as u64), ZeroMode { unmap }).await.unwrap();
                 model.resize(model.len().max(start + len), 0);
@@ -145,7 +146,10 @@ fn extents_cover_and_holes_are_zeros() {
                 let extent = store.extent(range(at, end - at)).await.unwrap();
                 assert!((1..=end - at).contains(&extent.len), "{extent:?} at {at}");
                 if extent.backing == Backing::Hole {
-                    assert!(read(&store, at, extent.len as usize).await.iter().all(|byte| *byte == 0), "{at} {extent:?}");
+                    assert!(
+                        read(&store, at, extent.len as usize).await.iter().all(|byte| *byte == 0),
+                        "{at} {extent:?}"
+                    );
                 } else {
                     assert!(at < 1 << 20, "past the end is a hole");
                 }

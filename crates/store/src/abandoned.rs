@@ -5,7 +5,6 @@
 //! range that was given up and used again could be overwritten by the past. As long as nobody leaves early, this costs
 //! nothing.
 
-use super::FileStore;
 use crate::Result;
 use layout::HostRange;
 use ring::sync::Event;
@@ -18,7 +17,7 @@ use std::task::{Context, Poll};
 
 /// The ranges of abandoned changes, by order of abandonment.
 #[derive(Default)]
-pub(super) struct Abandoned {
+pub(crate) struct Abandoned {
     changes: RefCell<Changes>,
     over: Event,
 }
@@ -31,7 +30,7 @@ struct Changes {
 
 impl Abandoned {
     /// Waits until no change that was abandoned before now touches `range`.
-    pub(super) async fn clear_of(&self, range: HostRange) {
+    pub(crate) async fn clear_of(&self, range: HostRange) {
         // Those that are abandoned later do not count: one of them may be the caller.
         let before = self.changes.borrow().next;
         while self.changes.borrow().ranges.range(..before).any(|(_, other)| other.overlaps(range)) {
@@ -54,19 +53,20 @@ impl Abandoned {
 }
 
 /// A change that, once begun, runs to its end even if this is dropped.
-pub(super) struct Change {
-    store: Rc<FileStore>,
+pub(crate) struct Change {
+    abandoned: Rc<Abandoned>,
     range: HostRange,
     begun: bool,
     work: Option<Work>,
 }
 
-type Work = Pin<Box<dyn Future<Output = Result<()>>>>;
+/// What a change does; it owns all that it needs.
+pub(crate) type Work = Pin<Box<dyn Future<Output = Result<()>>>>;
 
 impl Change {
-    /// `work` changes `range` of `store`.
-    pub(super) fn new(store: Rc<FileStore>, range: HostRange, work: Work) -> Self {
-        Self { store, range, begun: false, work: Some(work) }
+    /// `work` changes `range` of the store that `abandoned` belongs to.
+    pub(crate) fn new(abandoned: &Rc<Abandoned>, range: HostRange, work: Work) -> Self {
+        Self { abandoned: Rc::clone(abandoned), range, begun: false, work: Some(work) }
     }
 }
 
@@ -88,12 +88,12 @@ impl Drop for Change {
         if !self.begun || !ring::is_running() {
             return;
         }
-        let store = Rc::clone(&self.store);
-        let ticket = store.abandoned.add(self.range);
+        let abandoned = Rc::clone(&self.abandoned);
+        let ticket = abandoned.add(self.range);
         drop(ring::spawn(async move {
             // Nobody is left to be told; a failed flush has poisoned the store all the same.
             let _ = work.await;
-            store.abandoned.remove(ticket);
+            abandoned.remove(ticket);
         }));
     }
 }
