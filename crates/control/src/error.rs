@@ -10,7 +10,7 @@ pub enum ErrorClass {
     GenericError,
     /// No such command, or not now.
     CommandNotFound,
-    /// No such device or node.
+    /// No such device or node (2011's commands only).
     DeviceNotFound,
     /// The device has no job (2011's `block_job_*` on an idle device).
     DeviceNotActive,
@@ -43,9 +43,9 @@ impl Failure {
         Self { class: ErrorClass::GenericError, desc: desc.into() }
     }
 
-    /// No device or node of that name, in QEMU's words.
+    /// No device or node of that name, in QEMU's words (whose class for it is `GenericError` today).
     pub fn no_device(name: &str) -> Self {
-        Self { class: ErrorClass::DeviceNotFound, desc: format!("Cannot find device='{name}' nor node-name='{name}'") }
+        Self::generic(format!("Cannot find device='{name}' nor node-name='{name}'"))
     }
 }
 

@@ -9,6 +9,7 @@ pub mod error;
 pub mod hmp;
 pub mod qmp;
 pub mod shard;
+mod socket;
 pub mod spec;
 
 pub use engine::{Engine, EngineConfig, Stamped};

@@ -156,7 +156,7 @@ async fn look_at_backing(
     top.ok_or_else(|| failed(format!("'{name}' holds no image")))
 }
 
-async fn write(file: &str, options: &CreateOptions) -> Result<(), String> {
+pub(crate) async fn write(file: &str, options: &CreateOptions) -> Result<(), String> {
     let path = Path::new(file);
     let existed = path.exists();
     let store = FileStore::create(path, OpenOptions::default()).await.map_err(|e| format!("{file}: {e}"))?;

@@ -1,11 +1,214 @@
 //! QMP: the machine monitor protocol, JSON over a unix socket.
+//!
+//! # Invariants
+//! * A client harms only itself: what it sends is bounded ([`json`]), it is read only while its last command is answered, and one
+//!   that does not read its events is cut off rather than served with gaps.
+//! * Answers and events are one line each. What a command caused is told before the command's own answer.
 
-use crate::{Engine, Failure};
+mod arguments;
+mod command;
+mod event;
+mod jobs;
+mod json;
+mod query;
+
+pub(crate) use command::version;
+pub(crate) use jobs::{Stream, all as all_jobs, block_job, cancel_job};
+pub(crate) use query::{block_text, stats_text};
+
+use crate::{Engine, ErrorClass, Failure, Stamped, socket};
+use json::{Framed, Framer};
+use serde_json::{Map, Value, json};
+use std::io;
 use std::path::Path;
+use std::sync::Arc;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::UnixStream;
+use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
+use tokio::sync::{Semaphore, mpsc};
 
-/// Listens for QMP clients on a unix socket (made anew; a stale one is replaced) until the engine is dropped or the
-/// process ends. Returns when the socket accepts; must run inside a tokio runtime with a `LocalSet` or current-thread.
+/// Clients served at a time; more wait to be accepted.
+const CLIENTS: usize = 64;
+
+/// Bytes read at once.
+const READ: usize = 64 << 10;
+
+/// A client that takes nothing for this long is gone.
+const WRITE_PATIENCE: Duration = Duration::from_secs(30);
+
+/// Listens for QMP clients on a unix socket (made anew; a stale one is replaced) until the runtime ends. Returns when the
+/// socket accepts.
 pub async fn listen(engine: Engine, socket: &Path) -> Result<(), Failure> {
-    let _ = (engine, socket);
-    todo!()
+    let listener = socket::listen(socket).await?;
+    let places = Arc::new(Semaphore::new(CLIENTS));
+    tokio::spawn(async move {
+        loop {
+            let Ok(place) = places.clone().acquire_owned().await else { return };
+            match listener.accept().await {
+                Ok((stream, _)) => {
+                    let engine = engine.clone();
+                    tokio::spawn(async move {
+                        if let Err(error) = Client::new(engine, stream).serve().await {
+                            tracing::debug!(%error, "a QMP client is gone");
+                        }
+                        drop(place);
+                    });
+                }
+                Err(error) => {
+                    // Out of descriptors, most likely: others are served, this one may come again.
+                    tracing::warn!(%error, "could not accept a QMP client");
+                    tokio::time::sleep(Duration::from_millis(100)).await;
+                }
+            }
+        }
+    });
+    Ok(())
+}
+
+/// One connection.
+struct Client {
+    engine: Engine,
+    input: OwnedReadHalf,
+    out: OwnedWriteHalf,
+    /// Events since negotiation; `None` before it.
+    events: Option<mpsc::Receiver<Stamped>>,
+}
+
+/// What happened next.
+enum Next {
+    Read(io::Result<usize>),
+    Event(Option<Stamped>),
+    Quit,
+}
+
+impl Client {
+    fn new(engine: Engine, stream: UnixStream) -> Self {
+        let (input, out) = stream.into_split();
+        Self { engine, input, out, events: None }
+    }
+
+    async fn serve(mut self) -> io::Result<()> {
+        let greeting = json!({ "QMP": { "version": version(), "capabilities": [] } });
+        self.send(&greeting).await?;
+        let mut framer = Framer::default();
+        let mut bytes = vec![0; READ];
+        let engine = self.engine.clone();
+        loop {
+            let next = tokio::select! {
+                read = self.input.read(&mut bytes) => Next::Read(read),
+                event = next_event(&mut self.events) => Next::Event(event),
+                () = engine.quit_requested() => Next::Quit,
+            };
+            match next {
+                Next::Read(read) => {
+                    let read = read?;
+                    if read == 0 {
+                        return Ok(());
+                    }
+                    for byte in &bytes[..read] {
+                        if let Some(framed) = framer.take(*byte) {
+                            self.obey(framed).await?;
+                        }
+                    }
+                }
+                Next::Event(Some(stamped)) => self.send(&event::message(&stamped)).await?,
+                // More events piled up than it took: it is cut off, and can connect again.
+                Next::Event(None) => return Ok(()),
+                Next::Quit => {
+                    let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+                    let last = event::shutdown(since.as_secs(), since.subsec_micros());
+                    return if self.events.is_some() { self.send(&last).await } else { Ok(()) };
+                }
+            }
+        }
+    }
+
+    async fn obey(&mut self, framed: Framed) -> io::Result<()> {
+        let (id, answer) = match framed {
+            Ok(Value::Object(mut request)) => {
+                let id = request.shift_remove("id");
+                (id, self.execute(request).await)
+            }
+            Ok(_) => (None, Err(Failure::generic("QMP input must be a JSON object"))),
+            Err(mistake) => (None, Err(Failure::generic(mistake))),
+        };
+        // What the command caused comes first, as it happened first.
+        while let Some(Ok(stamped)) = self.events.as_mut().map(mpsc::Receiver::try_recv) {
+            self.send(&event::message(&stamped)).await?;
+        }
+        let mut message = match answer {
+            Ok(value) => json!({ "return": value }),
+            Err(Failure { class, desc }) => json!({ "error": { "class": class.name(), "desc": desc } }),
+        };
+        if let Some(id) = id {
+            message["id"] = id;
+        }
+        self.send(&message).await
+    }
+
+    async fn execute(&mut self, mut request: Map<String, Value>) -> Result<Value, Failure> {
+        let command = request.shift_remove("execute");
+        let arguments = request.shift_remove("arguments");
+        if let Some(member) = request.keys().next() {
+            return Err(Failure::generic(format!("QMP input member '{member}' is unexpected")));
+        }
+        let command = match command {
+            Some(Value::String(command)) => command,
+            Some(_) => return Err(Failure::generic("QMP input member 'execute' must be a string")),
+            None => return Err(Failure::generic("QMP input lacks member 'execute'")),
+        };
+        let arguments = match arguments {
+            None => Map::new(),
+            Some(Value::Object(arguments)) => arguments,
+            Some(_) => return Err(Failure::generic("QMP input member 'arguments' must be an object")),
+        };
+        if self.events.is_none() {
+            return self.negotiate(&command, arguments);
+        }
+        command::run(&self.engine, &command, arguments).await
+    }
+
+    fn negotiate(&mut self, command: &str, mut arguments: Map<String, Value>) -> Result<Value, Failure> {
+        if command != "qmp_capabilities" {
+            return Err(Failure {
+                class: ErrorClass::CommandNotFound,
+                desc: "Expecting capabilities negotiation with 'qmp_capabilities'".into(),
+            });
+        }
+        match arguments.shift_remove("enable") {
+            None => {}
+            Some(Value::Array(wanted)) => match wanted.first() {
+                None => {}
+                Some(Value::String(name)) if name == "oob" => {
+                    return Err(Failure::generic("Capability 'oob' is not available"));
+                }
+                Some(Value::String(name)) => {
+                    return Err(Failure::generic(format!("Parameter 'enable' does not accept value '{name}'")));
+                }
+                Some(_) => return Err(Failure::generic("Invalid parameter type for 'enable[0]', expected: string")),
+            },
+            Some(_) => return Err(Failure::generic("Invalid parameter type for 'enable', expected: array")),
+        }
+        arguments::Arguments::new(arguments).end()?;
+        self.events = Some(self.engine.subscribe());
+        Ok(json!({}))
+    }
+
+    async fn send(&mut self, message: &Value) -> io::Result<()> {
+        let mut line = message.to_string();
+        line.push_str("\r\n");
+        match tokio::time::timeout(WRITE_PATIENCE, self.out.write_all(line.as_bytes())).await {
+            Ok(sent) => sent,
+            Err(_) => Err(io::ErrorKind::TimedOut.into()),
+        }
+    }
+}
+
+/// The next event; never before negotiation.
+async fn next_event(events: &mut Option<mpsc::Receiver<Stamped>>) -> Option<Stamped> {
+    match events {
+        Some(events) => events.recv().await,
+        None => std::future::pending().await,
+    }
 }
