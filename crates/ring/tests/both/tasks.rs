@@ -58,27 +58,35 @@ fn yielding_lets_everybody_else_run_once(ring: &Ring) {
 
 fn timers_fire_in_order(ring: &Ring) {
     ring.block_on(async {
-        let order = Rc::new(RefCell::new(Vec::new()));
-        let start = now();
-        let tasks: Vec<_> = [30, 10, 20, 0, 10]
-            .into_iter()
-            .enumerate()
-            .map(|(number, wait)| {
-                let order = Rc::clone(&order);
-                spawn(async move {
-                    let deadline = start + Duration::from_millis(wait);
-                    sleep_until(deadline).await;
-                    assert!(now() >= deadline, "not before its time");
-                    order.borrow_mut().push(number);
+        loop {
+            let order = Rc::new(RefCell::new(Vec::new()));
+            let start = now();
+            let tasks: Vec<_> = [30, 10, 20, 0, 10]
+                .into_iter()
+                .enumerate()
+                .map(|(number, wait)| {
+                    let order = Rc::clone(&order);
+                    spawn(async move {
+                        let deadline = start + Duration::from_millis(wait);
+                        sleep_until(deadline).await;
+                        assert!(now() >= deadline, "not before its time");
+                        order.borrow_mut().push(number);
+                    })
                 })
-            })
-            .collect();
-        for task in tasks {
-            task.await;
+                .collect();
+            yield_now().await;
+            let in_time = now().since(start) < Duration::from_millis(10);
+            for task in tasks {
+                task.await;
+            }
+            assert!(now().since(start) >= Duration::from_millis(30));
+            assert_eq!(start.since(now()), Duration::ZERO);
+            // On a machine too busy to have them all wait before the first is due, they come as they are polled.
+            if in_time {
+                assert_eq!(*order.borrow(), [3, 1, 4, 2, 0]);
+                break;
+            }
         }
-        assert_eq!(*order.borrow(), [3, 1, 4, 2, 0]);
-        assert!(now().since(start) >= Duration::from_millis(30));
-        assert_eq!(start.since(now()), Duration::ZERO);
     });
 }
 
