@@ -3,6 +3,9 @@
 //! A test gives a shell script. It runs in the guest with the helpers of `guest/lib.sh`: `report KEY VALUE…` tells the
 //! test something, `say` is read from the test by `read`. When the script ends, the disk is synced and made read-only,
 //! and the guest is powered off. Everything on the console is kept for the error message.
+//!
+//! Tests that boot guests have `guest` in their names: `cargo xtask test` runs those one at a time, since each wants
+//! more than one processor.
 
 mod initramfs;
 mod kernel;
