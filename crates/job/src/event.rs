@@ -11,6 +11,17 @@ pub enum ErrorAction {
     Stop,
 }
 
+impl ErrorAction {
+    /// The name QMP gives it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Ignore => "ignore",
+            Self::Report => "report",
+            Self::Stop => "stop",
+        }
+    }
+}
+
 /// Something happened to a job. Emitted in order, after it is true.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Event {
@@ -61,5 +72,5 @@ pub enum Event {
     },
 }
 
-/// Takes events, on the shard, synchronously; it must not block.
+/// Takes events, on the shard, synchronously; it must not block and must not call back into the job's [`crate::Jobs`].
 pub type Events = std::rc::Rc<dyn Fn(Event)>;

@@ -1,4 +1,4 @@
-//! Long work on a disk. Floor 5: a job knows [`disk::Disk`] and nothing below it.
+//! Long work on a disk. Floor 5: a job knows [`disk::Disk`]; of what lies below only a cluster's size and what an error was about.
 //!
 //! [`Jobs`] is a shard's register of jobs; [`stream`] is the one kind there is so far. The state machine and its names are those
 //! that QMP documents (`JobStatus`).
@@ -8,13 +8,23 @@
 //! * An ignored error never lets the backing reference go: the job then ends with that error and the chain stays.
 //! * Progress counts only what must be copied and never runs backwards.
 //! * Cancelling keeps what has arrived, and is quick: nothing new is issued, what is in flight is awaited.
+//!
+//! # How it is put together
+//! A job's [`life`] answers verbs at once and keeps what they asked for; one task for each job does the work ([`copy`] is
+//! its loop) and looks at what was asked for whenever it wakes. Nothing but that task moves a job to its end.
 #![forbid(unsafe_code)]
 
 pub mod event;
-pub mod pace;
 pub mod registry;
 pub mod state;
 pub mod stream;
+
+mod copy;
+mod flight;
+mod life;
+mod pace;
+mod progress;
+mod window;
 
 pub use event::{ErrorAction, Event, Events};
 pub use registry::{JobError, JobErrorKind, JobInfo, Jobs};

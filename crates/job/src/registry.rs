@@ -1,7 +1,16 @@
 //! A shard's register of jobs: start, list, and every verb.
 
-use crate::{Events, IoStatus, Status, StreamOptions};
+use crate::life::{Identity, Life};
+use crate::pace::Pace;
+use crate::progress::Progress;
+use crate::stream::{self, DiskTarget, Target};
+use crate::{Events, IoStatus, OnError, Status, StreamOptions};
+use disk::{ErrorKind, StreamBase};
+use ring::sync;
+use std::any::Any;
+use std::cell::{Cell, RefCell};
 use std::fmt;
+use std::rc::Rc;
 
 /// Why a verb or a start was refused.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -42,7 +51,7 @@ pub struct JobInfo {
     pub kind: &'static str,
     /// The disk it works on.
     pub device: String,
-    /// Bytes to copy in all, as far as known.
+    /// Bytes to copy in all, as far as known; never less than before.
     pub len: u64,
     /// Bytes copied; never more than `len`, never less than before.
     pub offset: u64,
@@ -66,79 +75,179 @@ pub struct JobInfo {
     pub error: Option<String>,
 }
 
-/// A shard's jobs.
+/// A shard's jobs. There are never more than disks: a job keeps its disk to itself until it is gone.
 pub struct Jobs {
-    _todo: (),
+    register: Rc<Register>,
+}
+
+/// What jobs know of their register.
+pub(crate) struct Register {
+    pub(crate) jobs: RefCell<Vec<Rc<Life>>>,
+    pub(crate) events: Events,
+    /// Told when a job has ended.
+    pub(crate) changed: sync::Event,
+    closed: Cell<bool>,
+}
+
+/// A job that is about to start.
+pub(crate) struct Start {
+    pub(crate) id: Option<String>,
+    pub(crate) device: String,
+    pub(crate) speed: u64,
+    pub(crate) on_error: OnError,
+    pub(crate) auto_finalize: bool,
+    pub(crate) auto_dismiss: bool,
 }
 
 impl Jobs {
     /// An empty register that reports to `events`.
-    pub fn new(events: Events) -> std::rc::Rc<Self> {
-        let _ = events;
-        todo!()
+    pub fn new(events: Events) -> Rc<Self> {
+        let register =
+            Register { jobs: RefCell::default(), events, changed: sync::Event::new(), closed: Cell::new(false) };
+        Rc::new(Self { register: Rc::new(register) })
     }
 
     /// Starts a stream. Call on the shard's ring.
     pub fn stream(&self, options: StreamOptions) -> Result<(), JobError> {
-        let _ = options;
-        todo!()
+        let StreamOptions { id, disk, base, backing_name, speed, on_error, auto_finalize, auto_dismiss } = options;
+        match &base {
+            StreamBase::Nothing if backing_name.is_some() => {
+                return Err(invalid("backing file specified, but streaming the entire chain".into()));
+            }
+            StreamBase::Node(node) if disk.find_base(node).as_ref() != Some(&base) => {
+                return Err(invalid(format!("Can't find '{node}' in the backing chain")));
+            }
+            _ => {}
+        }
+        if disk.read_only() {
+            return Err(invalid(format!(
+                "Block node '{}' is read-only; serve it without --read-only to stream into it",
+                disk.name()
+            )));
+        }
+        let device = disk.name().to_owned();
+        let claim = disk.claim(id.as_deref().unwrap_or(&device)).map_err(|error| match error.kind() {
+            ErrorKind::Busy => busy(format!("Node '{device}' is busy: block device is in use by block job: stream")),
+            _ => invalid(error.to_string()),
+        })?;
+        let start = Start { id, device, speed, on_error, auto_finalize, auto_dismiss };
+        self.start(start, Rc::new(DiskTarget { disk, base, backing_name }), Some(Box::new(claim)))
+    }
+
+    /// Starts a job on whatever can be streamed into.
+    pub(crate) fn start(
+        &self,
+        start: Start,
+        target: Rc<dyn Target>,
+        claim: Option<Box<dyn Any>>,
+    ) -> Result<(), JobError> {
+        let Start { id, device, speed, on_error, auto_finalize, auto_dismiss } = start;
+        // A disk may be called what no job could be; its job is then called so, too.
+        if let Some(id) = id.as_ref().filter(|id| !is_id(id)) {
+            return Err(invalid(format!("Invalid job ID '{id}'")));
+        }
+        let id = id.unwrap_or_else(|| device.clone());
+        if self.find(&id).is_ok() {
+            return Err(busy(format!("Job ID '{id}' already in use")));
+        }
+        if self.register.closed.get() {
+            return Err(busy("Headwater is shutting down".into()));
+        }
+        let cluster = target.cluster_size();
+        let progress = Progress::new(target.size(), cluster);
+        let what = Identity { id, device, auto_finalize, auto_dismiss };
+        let life = Life::new(what, Rc::downgrade(&self.register), Pace::new(speed, cluster), progress, claim);
+        self.register.jobs.borrow_mut().push(Rc::clone(&life));
+        life.start();
+        drop(ring::spawn(stream::run(life, target, on_error)));
+        Ok(())
     }
 
     /// All jobs there are, concluded ones that wait for dismissal included, oldest first.
     pub fn list(&self) -> Vec<JobInfo> {
-        todo!()
+        self.register.jobs.borrow().iter().map(|job| job.info()).collect()
     }
 
     /// One job.
     pub fn info(&self, id: &str) -> Option<JobInfo> {
-        let _ = id;
-        todo!()
+        self.find(id).ok().map(|job| job.info())
     }
 
-    /// Asks it to stop; `force` skips a pause. The end comes as an event.
+    /// Asks it to stop; without `force` a paused job is refused. The end comes as an event: `BLOCK_JOB_CANCELLED`, or
+    /// `BLOCK_JOB_COMPLETED` if the end was being published already.
     pub fn cancel(&self, id: &str, force: bool) -> Result<(), JobError> {
-        let _ = (id, force);
-        todo!()
+        self.find(id)?.cancel(force)
     }
 
-    /// Stops issuing; what is in flight ends.
+    /// Stops issuing; what is in flight ends, then the status says `paused`.
     pub fn pause(&self, id: &str) -> Result<(), JobError> {
-        let _ = id;
-        todo!()
+        self.find(id)?.pause()
     }
 
     /// Goes on (also after an error that stopped it).
     pub fn resume(&self, id: &str) -> Result<(), JobError> {
-        let _ = id;
-        todo!()
+        self.find(id)?.resume()
     }
 
-    /// Changes the speed limit, in bytes a second; 0 is unlimited.
+    /// Changes the speed limit, in bytes a second; 0 is unlimited. Takes effect at once, also on a chunk that waits.
     pub fn set_speed(&self, id: &str, speed: u64) -> Result<(), JobError> {
-        let _ = (id, speed);
-        todo!()
+        self.find(id)?.set_speed(speed)
     }
 
     /// A stream has nothing to complete: always [`JobErrorKind::WrongState`].
     pub fn complete(&self, id: &str) -> Result<(), JobError> {
-        let _ = id;
-        todo!()
+        self.find(id)?.complete()
     }
 
     /// Lets a pending job publish.
     pub fn finalize(&self, id: &str) -> Result<(), JobError> {
-        let _ = id;
-        todo!()
+        self.find(id)?.finalize()
     }
 
     /// Removes a concluded job.
     pub fn dismiss(&self, id: &str) -> Result<(), JobError> {
-        let _ = id;
-        todo!()
+        self.find(id)?.dismiss()
     }
 
-    /// Cancels all and waits until none runs (shutdown).
+    /// Cancels all and waits until none runs (shutdown). No job starts any more.
     pub async fn shut_down(&self) {
-        todo!()
+        self.register.closed.set(true);
+        for job in self.all() {
+            // Refused only where the end has come or is coming anyway.
+            let _ = job.cancel(true);
+        }
+        loop {
+            let changed = self.register.changed.wait();
+            if self.all().iter().all(|job| job.status() == Status::Concluded) {
+                break;
+            }
+            changed.await;
+        }
+        for job in self.all() {
+            job.vanish();
+        }
     }
+
+    fn all(&self) -> Vec<Rc<Life>> {
+        self.register.jobs.borrow().clone()
+    }
+
+    fn find(&self, id: &str) -> Result<Rc<Life>, JobError> {
+        let found = self.register.jobs.borrow().iter().find(|job| job.id() == id).cloned();
+        found.ok_or_else(|| JobError { kind: JobErrorKind::NotFound, message: format!("Block job '{id}' not found") })
+    }
+}
+
+/// Whether `id` is what QEMU takes for an id: a letter, then letters, digits, `-`, `.` and `_`.
+fn is_id(id: &str) -> bool {
+    id.starts_with(|c: char| c.is_ascii_alphabetic())
+        && id.chars().all(|c| c.is_ascii_alphanumeric() || matches!(c, '-' | '.' | '_'))
+}
+
+fn invalid(message: String) -> JobError {
+    JobError { kind: JobErrorKind::InvalidArgument, message }
+}
+
+fn busy(message: String) -> JobError {
+    JobError { kind: JobErrorKind::Busy, message }
 }
