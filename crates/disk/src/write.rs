@@ -73,7 +73,7 @@ impl Inner {
             match pieces.last_mut() {
                 // Zeros next to nothing, say: one allocation.
                 Some(last) if !last.in_place && !in_place => {
-                    last.range = last.range.start().range(last.range.len() + len)
+                    last.range = last.range.start().range(last.range.len() + len);
                 }
                 _ => pieces.push(Piece { range: run, in_place }),
             }

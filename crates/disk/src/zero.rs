@@ -54,8 +54,13 @@ impl Inner {
         let step = STEP.max(self.unit);
         let mut rest = whole;
         while !rest.is_empty() {
-            let part = rest.first(step);
-            let _held = self.locks.exclusive(part.align_outward(self.unit)).await;
+            let held = self.locks.exclusive(rest.first(step).align_outward(self.unit)).await;
+            let part = self.whole_clusters(rest.first(step));
+            if part.is_empty() {
+                // The disk has grown while this waited: its end lies inside of a cluster no more, the request's does.
+                drop(held);
+                return self.write_zeroes_to_part(rest).await;
+            }
             self.drop_held(part, unmap).await?;
             rest = rest.skip(part.len());
         }
