@@ -10,8 +10,8 @@ use job::{Events, Jobs};
 use std::cell::RefCell;
 use std::path::PathBuf;
 use std::rc::Rc;
-use std::time::Duration;
 use store::Store;
+use store::ailing::{AilingStore, Ailments};
 use store::file::OpenOptions;
 
 thread_local! {
@@ -78,7 +78,7 @@ impl ShardState {
             },
             below: OpenOptions { read_only: true, direct: spec.cache.direct(), ..OpenOptions::default() },
         };
-        let opener = SlowSource { files, delay: spec.source_delay };
+        let opener = Sources { files, ailments: spec.source.clone() };
         let options = ChainOptions { format: spec.format, read_only: spec.read_only, ..ChainOptions::default() };
         let chain = open_chain(&opener, &spec.file, options).await?;
         let disk = Disk::new(
@@ -143,13 +143,13 @@ impl ShardState {
     }
 }
 
-/// Local files; what lies below the top answers only after a delay, if one is asked for.
-struct SlowSource {
+/// Local files; what lies below the top may be ailing, if that is asked for.
+struct Sources {
     files: FileOpener,
-    delay: Option<Duration>,
+    ailments: Ailments,
 }
 
-impl Opener for SlowSource {
+impl Opener for Sources {
     fn open<'a>(
         &'a self,
         name: &'a str,
@@ -158,7 +158,9 @@ impl Opener for SlowSource {
     ) -> LocalBoxFuture<'a, disk::Result<Rc<dyn Store>>> {
         Box::pin(async move {
             let store = self.files.open(name, referrer, read_only).await?;
-            let _ = self.delay; // The delaying decorator goes around `store` here as soon as it lands.
+            if referrer.is_some() && self.ailments != Ailments::default() {
+                return Ok(AilingStore::new(store, self.ailments.clone()) as Rc<dyn Store>);
+            }
             Ok(store)
         })
     }

@@ -1,7 +1,7 @@
 //! What an operator asks for, as plain data that can cross threads.
 
 use image::Format;
-use std::time::Duration;
+use store::ailing::Ailments;
 
 /// How a disk's top image meets the host's caches and the guest's flushes: qemu-img's and qemu's `cache=` names.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -65,8 +65,6 @@ pub struct DiskSpec {
     pub read_only: bool,
     /// What guests read from below is kept.
     pub copy_on_read: bool,
-    /// Every request to what lies below the top takes this long at least: a slow source, for demonstrations and tests.
-    pub source_delay: Option<Duration>,
-    /// Reads of what lies below the top fail as long as this file exists: a broken source, for tests.
-    pub source_error_while: Option<std::path::PathBuf>,
+    /// What ails the files below the top: for demonstrations and tests.
+    pub source: Ailments,
 }

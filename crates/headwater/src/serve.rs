@@ -8,6 +8,7 @@ use export::nbd::Address;
 use job::{OnError, StreamOptions};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
+use store::ailing::Ailments;
 use tokio::signal::unix::{SignalKind, signal};
 
 #[derive(clap::Args)]
@@ -91,8 +92,10 @@ fn plan(args: &Args) -> Result<Plan, String> {
             cache,
             read_only: args.read_only,
             copy_on_read: args.copy_on_read,
-            source_delay: args.source_delay.map(Duration::from_millis),
-            source_error_while: args.source_error_while.clone(),
+            source: Ailments {
+                delay: args.source_delay.map(Duration::from_millis),
+                broken_while: args.source_error_while.clone(),
+            },
         })
         .collect();
     let mut vhost_user = Vec::new();

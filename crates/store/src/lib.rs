@@ -5,6 +5,7 @@
 #![forbid(unsafe_code)]
 
 mod abandoned;
+pub mod ailing;
 pub mod error;
 pub mod fault;
 pub mod file;

@@ -21,6 +21,7 @@ use job::{Event, OnError, StreamOptions};
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
+use store::ailing::Ailments;
 
 #[derive(clap::Args)]
 pub(crate) struct Args {
@@ -97,8 +98,7 @@ fn spec(top: &Path, delay: u64) -> DiskSpec {
         cache: CacheMode::Writeback,
         read_only: false,
         copy_on_read: true,
-        source_delay: Some(Duration::from_millis(delay)),
-        source_error_while: None,
+        source: Ailments { delay: Some(Duration::from_millis(delay)), broken_while: None },
     }
 }
 
