@@ -35,6 +35,7 @@ mod tables;
 
 pub(crate) use create::{create, validate};
 pub(crate) use open::open;
+pub use open::open_with_table_memory;
 
 use crate::{
     BackingRef, CheckReport, Error, ErrorKind, Format, Image, ImageFuture, ImageInfo, Mapped, Purpose, Repair,

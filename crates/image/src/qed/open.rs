@@ -21,10 +21,11 @@ const READ_BYTES: u64 = 1 << 20;
 
 /// Opens the QED image in `store`.
 pub(crate) async fn open(store: Rc<dyn Store>, options: OpenOptions) -> Result<Rc<dyn Image>> {
-    open_with_cache(store, options, CACHE_BYTES).await
+    open_with_table_memory(store, options, CACHE_BYTES).await
 }
 
-pub(super) async fn open_with_cache(store: Rc<dyn Store>, options: OpenOptions, cache: usize) -> Result<Rc<dyn Image>> {
+/// Opens the QED image in `store` with a stated budget for L2 tables in memory, in bytes. [`crate::open`] takes 32 MiB.
+pub async fn open_with_table_memory(store: Rc<dyn Store>, options: OpenOptions, bytes: usize) -> Result<Rc<dyn Image>> {
     let limits = store.limits();
     if limits.read_only && !options.read_only {
         let what = "it cannot be written to; open it read-only";
@@ -43,7 +44,7 @@ pub(super) async fn open_with_cache(store: Rc<dyn Store>, options: OpenOptions, 
         marked: Cell::new(false),
         active: Cell::new(0),
         tables: RefCell::new(Tables::new(l1)),
-        cache: RefCell::new(SliceCache::new(cache)),
+        cache: RefCell::new(SliceCache::new(bytes)),
         unpinned: Event::new(),
         space: RefCell::new(Space::full(header.geometry.cluster_size(), store.size(), !limits.fixed_size)),
         growing: Mutex::new(()),

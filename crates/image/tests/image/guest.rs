@@ -39,23 +39,21 @@ impl Guest {
     }
 
     pub(crate) async fn read(&self, at: u64, len: u64) -> image::Result<Vec<u8>> {
-        let mut bytes = Vec::new();
+        let all = Iov::alloc(len as usize);
         let mut rest = GuestRange::new(GuestOffset(at), len);
         while !rest.is_empty() {
             let mapped = self.mapping(rest).await?;
             let run = rest.first(mapped.len);
+            let start = (run.start().get() - at) as usize;
+            let part = all.slice(start..start + run.len() as usize);
             match mapped.mapping {
-                Mapping::Data(host) => {
-                    let iov = Iov::alloc(run.len() as usize);
-                    self.image.store().read(host, iov.clone()).await?;
-                    bytes.extend(iov.to_vec());
-                }
-                Mapping::Zero => bytes.resize(bytes.len() + run.len() as usize, 0),
-                Mapping::Unallocated => bytes.extend(self.below(run)),
+                Mapping::Data(host) => self.image.store().read(host, part).await?,
+                Mapping::Zero => part.fill(0),
+                Mapping::Unallocated => part.write(0, &self.below(run)),
             }
             rest = rest.skip(mapped.len);
         }
-        Ok(bytes)
+        Ok(all.to_vec())
     }
 
     /// Writes `bytes`; the caller sees to it that no other write meets the same clusters.

@@ -5,4 +5,6 @@ extern crate headwater_image as image;
 
 mod basics;
 mod guest;
+mod model;
+mod pressure;
 mod subject;
