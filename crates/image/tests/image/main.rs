@@ -7,4 +7,5 @@ mod basics;
 mod guest;
 mod model;
 mod pressure;
+mod reference;
 mod subject;

@@ -12,19 +12,11 @@ pub(crate) struct Subject {
     pub(crate) format: Format,
     pub(crate) cluster_size: Option<u64>,
     pub(crate) table_size: Option<u32>,
-    /// Whether QEMU opens such images.
-    pub(crate) known_to_qemu: bool,
 }
 
 impl Subject {
     fn qed(name: &'static str, cluster_size: u64, table_size: u32) -> Self {
-        Self {
-            name,
-            format: Format::Qed,
-            cluster_size: Some(cluster_size),
-            table_size: Some(table_size),
-            known_to_qemu: table_size > 1,
-        }
+        Self { name, format: Format::Qed, cluster_size: Some(cluster_size), table_size: Some(table_size) }
     }
 
     pub(crate) fn options(&self, size: u64, backing: Option<BackingRef>) -> CreateOptions {
