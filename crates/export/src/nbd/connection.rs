@@ -14,7 +14,6 @@ use super::request::{Refusal, Request, Terms};
 use disk::Disk;
 use ring::{File, Iov, spawn};
 use rustix::net::Shutdown;
-use std::cell::Cell;
 use std::io;
 use std::rc::Rc;
 use std::time::Duration;
@@ -31,23 +30,23 @@ const HANDSHAKE_BUFFER: usize = 4096;
 /// A connection as the server knows it: enough to end it.
 pub(super) struct Link {
     file: File,
-    stopping: Cell<bool>,
+    flight: Rc<Flight>,
 }
 
 impl Link {
     pub(super) fn new(file: File) -> Rc<Self> {
-        Rc::new(Self { file, stopping: Cell::new(false) })
+        Rc::new(Self { file, flight: Flight::new() })
     }
 
     /// Takes no more requests; those under way end, and their replies are sent.
     pub(super) fn stop(&self) {
-        self.stopping.set(true);
+        self.flight.close();
         self.shutdown(Shutdown::Read);
     }
 
     /// Drops the client.
     pub(super) fn kill(&self) {
-        self.stopping.set(true);
+        self.flight.close();
         self.shutdown(Shutdown::Both);
     }
 
@@ -62,7 +61,6 @@ pub(super) struct Transmission {
     pub(super) disk: Rc<Disk>,
     pub(super) agreement: Agreement,
     pub(super) outbox: Outbox,
-    flight: Rc<Flight>,
 }
 
 impl Transmission {
@@ -136,7 +134,7 @@ async fn negotiate(link: &Link, offers: Vec<Offer>) -> io::Result<Option<(Agreem
 }
 
 async fn transmit(link: &Link, disk: Rc<Disk>, agreement: Agreement, early: &[u8]) -> io::Result<()> {
-    let to = Rc::new(Transmission { disk, agreement, outbox: Outbox::new(), flight: Flight::new() });
+    let to = Rc::new(Transmission { disk, agreement, outbox: Outbox::new() });
     let sender = spawn({
         let (to, file) = (Rc::clone(&to), link.file.clone());
         async move {
@@ -153,10 +151,10 @@ async fn transmit(link: &Link, disk: Rc<Disk>, agreement: Agreement, early: &[u8
         to.outbox.kill();
         link.shutdown(Shutdown::Both);
     }
-    to.flight.executed().await;
+    link.flight.executed().await;
     // All that is left are replies to send. A client that reads them, however slowly, gets them.
     let mut sent = to.outbox.sent();
-    while ring::timeout(CLOSE_PATIENCE, to.flight.drained()).await.is_none() {
+    while ring::timeout(CLOSE_PATIENCE, link.flight.drained()).await.is_none() {
         if to.outbox.sent() == sent {
             link.shutdown(Shutdown::Both);
         }
@@ -170,35 +168,38 @@ async fn transmit(link: &Link, disk: Rc<Disk>, agreement: Agreement, early: &[u8
 /// Takes requests off the wire and starts them, until the client or the server has enough.
 async fn receive(link: &Link, to: &Rc<Transmission>, early: &[u8]) -> io::Result<()> {
     let broken = |why: String| io::Error::new(io::ErrorKind::InvalidData, why);
+    let flight = &link.flight;
     let mut inbound = Inbound::new(link.file.clone(), early);
-    while let Some(head) = inbound.head(|| link.stopping.get()).await? {
+    while let Some(head) = inbound.head(|| flight.is_closed()).await? {
         let request = Request::decode(&head).map_err(|error| broken(error.to_string()))?;
         let payload = request.payload() as usize;
         let checked = match request.check(&to.terms()) {
-            Ok(_) if link.stopping.get() => Err(Refusal::Error(NbdError::Shutdown, NbdError::Shutdown.message())),
-            checked => checked,
+            Ok(Command::Disc) => return Ok(()),
+            Err(Refusal::Oversized) => return Err(broken(format!("a write of {payload} bytes"))),
+            Ok(command) => Ok(command),
+            Err(Refusal::Error(error, why)) => Err((error, why)),
+        };
+        let moves = match checked {
+            Ok(Command::Read | Command::Write) => request.length as usize,
+            _ => 0,
+        };
+        let Some(ticket) = flight.enter(moves).await else {
+            inbound.discard(payload).await?;
+            let error = NbdError::Shutdown;
+            execute::refuse(to, &request, flight.enter_closed(), error, error.message());
+            continue;
         };
         match checked {
-            Ok(Command::Disc) => return Ok(()),
-            Ok(Command::Read) => {
-                let ticket = to.flight.enter(request.length as usize).await;
-                spawn(execute::read(Rc::clone(to), request, ticket));
-            }
+            Ok(Command::Read) => drop(spawn(execute::read(Rc::clone(to), request, ticket))),
             Ok(Command::Write) => {
-                let ticket = to.flight.enter(payload).await;
                 let data = inbound.payload(payload).await?;
                 spawn(execute::write(Rc::clone(to), request, data, ticket));
             }
-            Ok(command) => {
-                let ticket = to.flight.enter(0).await;
-                spawn(execute::other(Rc::clone(to), command, request, ticket));
-            }
-            Err(Refusal::Error(error, why)) => {
-                let ticket = to.flight.enter(0).await;
+            Ok(command) => drop(spawn(execute::other(Rc::clone(to), command, request, ticket))),
+            Err((error, why)) => {
                 inbound.discard(payload).await?;
                 execute::refuse(to, &request, ticket, error, why);
             }
-            Err(Refusal::Oversized) => return Err(broken(format!("a write of {payload} bytes"))),
         }
     }
     Ok(())

@@ -142,7 +142,8 @@ async fn extents(disk: &Disk, range: GuestRange, limit: usize) -> disk::Result<V
         let len = status.len.clamp(1, left.len());
         let mut state = AllocationState::empty();
         state.set(AllocationState::ZERO, status.zero);
-        state.set(AllocationState::HOLE, !status.allocated || (status.zero && status.host.is_none()));
+        // Bytes are stored where something is allocated and not known to be zeros.
+        state.set(AllocationState::HOLE, !status.allocated || status.zero);
         let told = extents.len();
         match extents.last_mut() {
             Some(last) if last.state == state => last.len += len as u32,

@@ -20,6 +20,7 @@ pub(super) struct Flight {
     bytes: Cell<usize>,
     /// Those not replied to yet.
     executing: Cell<usize>,
+    closed: Cell<bool>,
     waiting: Cell<bool>,
     changed: Event,
 }
@@ -30,14 +31,37 @@ impl Flight {
             requests: Cell::new(0),
             bytes: Cell::new(0),
             executing: Cell::new(0),
+            closed: Cell::new(false),
             waiting: Cell::new(false),
             changed: Event::new(),
         })
     }
 
-    /// Waits for room for one request that moves `bytes` (at most [`MAX_BYTES`]).
-    pub(super) async fn enter(self: &Rc<Self>, bytes: usize) -> Ticket {
-        self.until(|flight| flight.requests.get() < MAX_REQUESTS && flight.bytes.get() + bytes <= MAX_BYTES).await;
+    /// Waits for room for one request that moves `bytes` (at most [`MAX_BYTES`]); `None` once closed.
+    pub(super) async fn enter(self: &Rc<Self>, bytes: usize) -> Option<Ticket> {
+        let room = |flight: &Self| flight.requests.get() < MAX_REQUESTS && flight.bytes.get() + bytes <= MAX_BYTES;
+        self.until(|flight| flight.closed.get() || room(flight)).await;
+        (!self.closed.get()).then(|| self.count(bytes))
+    }
+
+    /// For a request that is refused since this is closed: there are no more of them than one buffer holds.
+    pub(super) fn enter_closed(self: &Rc<Self>) -> Ticket {
+        debug_assert!(self.closed.get());
+        self.count(0)
+    }
+
+    /// Lets no more requests in.
+    pub(super) fn close(&self) {
+        self.closed.set(true);
+        self.notify();
+    }
+
+    /// Whether no more requests are let in.
+    pub(super) fn is_closed(&self) -> bool {
+        self.closed.get()
+    }
+
+    fn count(self: &Rc<Self>, bytes: usize) -> Ticket {
         self.requests.set(self.requests.get() + 1);
         self.bytes.set(self.bytes.get() + bytes);
         self.executing.set(self.executing.get() + 1);

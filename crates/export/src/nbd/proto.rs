@@ -161,9 +161,9 @@ wire_enum! {
         /// `NBD_OPT_STRUCTURED_REPLY`
         StructuredReply = 8,
         /// `NBD_OPT_LIST_META_CONTEXT`
-        ListMetaContext = 10,
+        ListMetaContext = 9,
         /// `NBD_OPT_SET_META_CONTEXT`
-        SetMetaContext = 11,
+        SetMetaContext = 10,
     }
 }
 

@@ -11,6 +11,7 @@ use super::proto::{MAX_PAYLOAD, MAX_STRING, TransmissionFlags};
 use super::{Address, NbdExport};
 use crate::ExportError;
 use disk::Disk;
+use futures_util::future::{Either, select};
 use ring::sync::Event;
 use ring::{File, spawn};
 use rustix::net::Shutdown;
@@ -18,6 +19,7 @@ use rustix::net::sockopt;
 use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
 use std::io;
+use std::pin::pin;
 use std::rc::Rc;
 use std::time::Duration;
 
@@ -40,11 +42,13 @@ pub struct NbdServer {
 
 struct Shared {
     exports: Vec<NbdExport>,
-    listener: File,
+    /// Closed by being taken.
+    listener: RefCell<Option<File>>,
     /// Removes the socket's file when dropped.
     socket_file: RefCell<Option<SocketFile>>,
     accepting: Cell<bool>,
     stopping: Cell<bool>,
+    stopped: Event,
     connections: RefCell<HashMap<u64, Rc<Link>>>,
     changed: Event,
 }
@@ -56,10 +60,11 @@ impl NbdServer {
         let Listener { file, address, socket_file } = listen(address).await?;
         let shared = Rc::new(Shared {
             exports,
-            listener: file,
+            listener: RefCell::new(Some(file)),
             socket_file: RefCell::new(socket_file),
             accepting: Cell::new(true),
             stopping: Cell::new(false),
+            stopped: Event::new(),
             connections: RefCell::default(),
             changed: Event::new(),
         });
@@ -129,8 +134,11 @@ impl Shared {
         if !self.stopping.replace(true) {
             // Removed before the socket closes: whoever comes finds nothing rather than somebody who hangs up.
             self.socket_file.take();
-            // Ends the accept under way.
-            let _ = rustix::net::shutdown(self.listener.as_fd(), Shutdown::Both);
+            if let Some(listener) = self.listener.take() {
+                // Clients in its queue are refused now; the descriptor closes after the accept under way.
+                let _ = rustix::net::shutdown(listener.as_fd(), Shutdown::Both);
+            }
+            self.stopped.notify_all();
             self.changed.notify_all();
         }
     }
@@ -142,8 +150,12 @@ impl Shared {
                 self.changed.wait().await;
                 continue;
             }
-            match self.listener.accept().await {
-                // Refused rather than served: it came while we were stopping.
+            let Some(listener) = self.listener.borrow().clone() else { break };
+            // Not every kernel and back end ends an accept when its socket is shut down: it is given up.
+            let stopped = self.stopped.wait();
+            let Either::Left((accepted, _)) = select(pin!(listener.accept()), pin!(stopped)).await else { break };
+            match accepted {
+                // It came while we were stopping: refused rather than served.
                 Ok(_) if self.stopping.get() => break,
                 Ok(file) => {
                     tune(&file);

@@ -203,7 +203,7 @@ fn contexts_are_listed_by_name_namespace_or_all() {
 #[test]
 fn unknown_options_and_tls_are_unsupported() {
     let mut handshake = begun(ClientFlags::all());
-    for option in [4_u32, 5, 9, 12, 4_000_000_000] {
+    for option in [4_u32, 5, 11, 12, 4_000_000_000] {
         let (mut input, mut output) = (Vec::new(), Vec::new());
         encode_option(&mut input, option, &[1; 100]);
         assert_eq!(handshake.advance(&input, &mut output), Ok((input.len(), Progress::Continue)));
