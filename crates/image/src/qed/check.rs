@@ -1,7 +1,8 @@
 //! Consistency of what is on disk: every cluster referred to once, every reference good.
 //!
 //! The L1 table is walked first, so that all tables are known before the first data cluster is judged; where a table and a
-//! data cluster claim the same place, the table has it. All of the L1 table counts, also entries behind the disk's end: they
+//! data cluster claim the same place, the table has it (and a repair copies the data away before it changes any entry
+//! there). All of the L1 table counts, also entries behind the disk's end: they
 //! keep their clusters from being taken for free.
 //!
 //! **Invariants.**
@@ -66,6 +67,11 @@ impl Scan {
         let result = async {
             scan.claim(core, header.l1_table)?;
             scan.walk_l1(core, fixer.as_deref_mut()).await?;
+            if let Some(fixer) = fixer.as_deref_mut() {
+                for number in 0..scan.tables.len() {
+                    scan.rescue_data_under_tables(core, scan.tables[number].1, fixer).await?;
+                }
+            }
             for number in 0..scan.tables.len() {
                 scan.walk_l2(core, scan.tables[number], fixer.as_deref_mut()).await?;
             }
@@ -156,6 +162,42 @@ impl Scan {
         Ok(())
     }
 
+    /// Copies data that lies where a table is, before anything there is changed. Only tables are marked as used so far.
+    async fn rescue_data_under_tables(
+        &mut self,
+        core: &Rc<Core>,
+        table: HostOffset,
+        fixer: &mut Fixer,
+    ) -> std::result::Result<(), Stop> {
+        let length = self.clusters << core.geometry.cluster_bits();
+        let l1 = core.header.get().l1_range();
+        let mut reader = TableReader::new(core, table);
+        // What cannot be read is counted by the walk that follows.
+        while let Ok(Some((number, mut slice))) = reader.next().await {
+            let mut changed = false;
+            let entries = *slice.raw();
+            for (i, raw) in entries.into_iter().enumerate() {
+                let Ok(L2Entry::Data(at)) = core.rules.l2(raw, length) else { continue };
+                if l1.contains(at) || !self.used.contains(raw >> core.geometry.cluster_bits()) {
+                    continue;
+                }
+                if let Some(new) = fixer.copy(at).await.map_err(Stop::Failed)? {
+                    slice.set(i, new.get());
+                    changed = true;
+                    self.report.corruptions_fixed += 1;
+                    let at = (table + (number * SLICE_ENTRIES as u64 + i as u64) * 8).get();
+                    let name = core.store.name();
+                    self.say(format!("'{name}' at offset {at}: L2 entry leads into a table: copied to {new}"));
+                }
+            }
+            if changed {
+                let at = table + number * SLICE_BYTES as u64;
+                fixer.write_slice(at, &slice).await.map_err(Stop::Failed)?;
+            }
+        }
+        Ok(())
+    }
+
     async fn walk_l2(
         &mut self,
         core: &Rc<Core>,
@@ -164,7 +206,8 @@ impl Scan {
     ) -> std::result::Result<(), Stop> {
         let geometry = core.geometry;
         let l1 = core.header.get().l1_range();
-        let length = self.clusters << geometry.cluster_bits();
+        // Copies lie behind what was there when the walk began.
+        let length = fixer.as_deref().map_or(self.clusters << geometry.cluster_bits(), Fixer::end);
         let mut last = 0;
         let mut reader = TableReader::new(core, table);
         while let Some((number, mut slice)) = self.next(core, &mut reader, "L2 table").await {
@@ -329,10 +372,10 @@ impl Core {
             self.commit().await?;
             self.trim().await?;
         }
-        let mut scan = match repair {
-            Repair::All => Scan::run(self, Some(&mut Fixer::new(self))).await?,
-            Repair::None | Repair::Leaks => Scan::run(self, None).await?,
-        };
+        let mut scan = Scan::run(self, None).await?;
+        if repair == Repair::All && scan.report.corruptions > 0 {
+            scan = Scan::run(self, Some(&mut Fixer::new(self))).await?;
+        }
         if repair == Repair::None {
             return Ok(scan.report);
         }
@@ -353,8 +396,11 @@ impl Core {
     /// After an unclean end (or where the store's length says nothing): repairs the tables and finds out what is free. Holes in
     /// the middle are handed out again; what is left of them is filled when the image is closed.
     pub(super) async fn recover(self: &Rc<Self>) -> Result<()> {
-        let mut fixer = Fixer::new(self);
-        let scan = Scan::run(self, self.needs_check().then_some(&mut fixer)).await?;
+        let mut scan = Scan::run(self, None).await?;
+        // An unreadable table may be readable another day: nothing is given up on its account.
+        if self.needs_check() && scan.report.corruptions > 0 && scan.report.check_errors == 0 {
+            scan = Scan::run(self, Some(&mut Fixer::new(self))).await?;
+        }
         if !scan.is_sound() && self.needs_check() {
             let first = scan.report.messages.first().cloned().unwrap_or_default();
             let what = format!(

@@ -6,6 +6,7 @@ extern crate headwater_image as image;
 mod basics;
 mod guest;
 mod model;
+mod mutation;
 mod pressure;
 mod reference;
 mod subject;
