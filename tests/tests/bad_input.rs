@@ -252,7 +252,7 @@ fn a_full_disk_loses_nothing() -> Result {
     client.flush()?;
     let _ = written;
     mounted.grow("32m")?;
-    client.write(written, &[0xee; 65536])?;
+    client.write(written, &vec![0xee; 65536])?;
     client.flush()?;
     for at in (0..written).step_by(65536) {
         assert_eq!(client.read(at, 65536)?, vec![(at / 65536 + 1) as u8; 65536], "at {at}");
