@@ -35,7 +35,7 @@ pub use probe::Format;
 pub use reservation::{Keep, Linked, Purpose, Reservation};
 
 use futures_util::future::LocalBoxFuture;
-use layout::{GuestRange, HostOffset};
+use layout::{GuestOffset, GuestRange, HostOffset};
 use std::rc::Rc;
 use store::Store;
 
@@ -132,8 +132,16 @@ pub trait Image: 'static {
     fn settle(&self) -> ImageFuture<'_, ()>;
 
     /// Changes the size the guest sees. Growing only, unless the format says otherwise; durable when it returns. New bytes
-    /// are unallocated (the disk sees to it that nothing below shows through there).
+    /// are unallocated, but where [`Image::mask_behind_end`] has marked them as zeros.
     fn resize(&self, size: u64) -> ImageFuture<'_, ()>;
+
+    /// Before growing over a longer backing file: marks as zeros the clusters from the first that lies behind the end as a
+    /// whole up to the one before `until`. Nobody sees them yet; [`Image::commit`] makes them durable. Marks that no growth
+    /// followed do no harm.
+    fn mask_behind_end(&self, until: GuestOffset) -> ImageFuture<'_, ()> {
+        let what = format!("the format cannot mark zeros behind its end (up to {until})");
+        Box::pin(async move { Err(Error::new(ErrorKind::Unsupported, self.store().name(), None, what)) })
+    }
 
     /// Publishes a new backing reference: everything durable → header → barrier. The caller sees to it that the guest's
     /// view does not change. Durable when it returns.

@@ -26,7 +26,8 @@ impl Core {
     pub(super) async fn reserve(self: &Rc<Self>, range: GuestRange, purpose: Purpose) -> Result<Reservation> {
         self.check_writable()?;
         let geometry = self.geometry;
-        self.check_range(range, self.size().next_multiple_of(geometry.cluster_size()))?;
+        let reach = self.size().max(self.reach.get());
+        self.check_range(range, reach.next_multiple_of(geometry.cluster_size()))?;
         let busy = Busy::new(self);
         self.mark().await?;
         if self.cache.borrow().is_crowded() {

@@ -7,7 +7,7 @@
 //! * What we do not know in the header's clusters stays as it is.
 
 use super::Core;
-use crate::{BackingRef, Error, ErrorKind, Format, Result};
+use crate::{BackingRef, Error, ErrorKind, Format, Keep, Purpose, Result};
 use layout::qed::geometry::SECTOR;
 use layout::qed::{Features, HEADER_BYTES, Header, MAX_BACKING_NAME, NameSlot, SLICE_BYTES, SLICE_ENTRIES};
 use layout::{GuestOffset, GuestRange, HostOffset, HostRange};
@@ -253,36 +253,75 @@ impl Core {
         Ok(())
     }
 
-    /// Fails when a table has entries for what lies behind the disk's end: growing would bring somebody's bytes to light.
+    /// See [`crate::Image::mask_behind_end`].
+    pub(super) async fn mask_behind_end(self: &Rc<Self>, until: GuestOffset) -> Result<()> {
+        /// While it lives, reservations may reach so far.
+        struct Reach<'a>(&'a Core);
+        impl Drop for Reach<'_> {
+            fn drop(&mut self) {
+                self.0.reach.set(0);
+            }
+        }
+        self.check_writable()?;
+        let cluster = self.geometry.cluster_size();
+        let zone = self.zone.lock().await;
+        let old = self.size();
+        let end = until.align_up(cluster);
+        if end.get() > self.geometry.max_image_size() {
+            let what = format!("a disk of {until} bytes is more than the image can hold");
+            return Err(self.error(ErrorKind::InvalidArgument, None, what));
+        }
+        self.load_l1_for(end.get()).await?;
+        self.check_nothing_behind(old).await?;
+        drop(zone);
+        self.reach.set(end.get());
+        let _reach = Reach(self);
+        let mut rest = GuestRange::between(GuestOffset(old).align_up(cluster), end);
+        while !rest.is_empty() {
+            let reservation = self.reserve(rest, Purpose::Zero).await?;
+            rest = rest.skip(reservation.range().len());
+            reservation.link(Keep::Unallocated, |_| false);
+        }
+        Ok(())
+    }
+
+    /// Fails when a table has data for what lies behind the disk's end: growing would bring somebody's bytes to light. Marks
+    /// of zeros may be there: a growth that did not come to its end leaves them.
     async fn check_nothing_behind(self: &Rc<Self>, old: u64) -> Result<()> {
         let geometry = self.geometry;
         let first_cluster = geometry.clusters(old);
-        let first_table = geometry.l1_entries(old) as usize;
-        let found =
-            |at| Err(self.corrupt(at, "a table has entries behind the end of the disk; check and repair the image"));
-        if let Some(index) = self.tables.borrow().l1().iter().skip(first_table).position(|raw| *raw != 0) {
-            return found(self.header.get().l1_table + (first_table + index) as u64 * 8);
+        let entries = geometry.entries();
+        let tables = self.tables.borrow().l1().len() as u64;
+        for index in first_cluster / entries..tables {
+            let super::resolve::Table::Stored(table) = self.table(index)? else { continue };
+            let first = first_cluster.saturating_sub(index * entries);
+            self.check_only_marks(HostRange::between(table + first * 8, table + geometry.table_bytes())).await?;
         }
-        let Some(last_table) = first_table.checked_sub(1) else { return Ok(()) };
-        let super::resolve::Table::Stored(table) = self.table(last_table as u64)? else { return Ok(()) };
-        // Whatever is behind the end was not put there by us, so the store alone tells.
-        let mut at = table + (first_cluster - last_table as u64 * geometry.entries()) * 8;
-        let end = table + geometry.table_bytes();
-        while at < end {
-            let rest = HostRange::between(at, end);
+        Ok(())
+    }
+
+    /// Fails when there is anything but marks of zeros in `range` of a table. Looks at the store: nothing behind the end is
+    /// ever linked in memory but such marks.
+    async fn check_only_marks(&self, range: HostRange) -> Result<()> {
+        let mut rest = range;
+        while !rest.is_empty() {
             let extent = self.store.extent(rest).await?;
             let len = extent.len.clamp(1, rest.len());
             if extent.backing == Backing::Hole {
-                at = at + len;
+                rest = rest.skip(len);
                 continue;
             }
-            let part = rest.first(len.min((SLICE_BYTES * SLICE_ENTRIES) as u64 / 2));
+            let part =
+                rest.first(len.min((SLICE_BYTES * SLICE_ENTRIES) as u64 / 2).next_multiple_of(8)).first(rest.len());
             let bytes = Iov::alloc(part.len() as usize);
-            self.store.read(at, bytes.clone()).await?;
-            if !bytes.is_zero() {
-                return found(at);
+            self.store.read(part.start(), bytes.clone()).await?;
+            let bytes = bytes.to_vec();
+            let is_mark = |raw: &[u8; 8]| matches!(u64::from_le_bytes(*raw), 0 | 1);
+            if let Some(found) = bytes.as_chunks::<8>().0.iter().position(|raw| !is_mark(raw)) {
+                let what = "a table has data behind the end of the disk; check and repair the image";
+                return Err(self.corrupt(part.start() + found as u64 * 8, what));
             }
-            at = part.end();
+            rest = rest.skip(part.len());
         }
         Ok(())
     }

@@ -45,7 +45,7 @@ use cache::SliceCache;
 use commit::Commits;
 use header::HeaderZone;
 use layout::qed::{Features, Geometry, Header, TableRules};
-use layout::{GuestRange, HostOffset};
+use layout::{GuestOffset, GuestRange, HostOffset};
 use ring::sync::{Event, Mutex};
 use space::Space;
 use std::cell::{Cell, RefCell};
@@ -68,6 +68,8 @@ struct Core {
     /// The header as it is on disk.
     header: Cell<Header>,
     geometry: Geometry,
+    /// How far reservations may reach; past the size only while zeros are marked there.
+    reach: Cell<u64>,
     rules: TableRules,
     /// Whoever writes the header holds this.
     zone: Mutex<HeaderZone>,
@@ -227,6 +229,11 @@ impl Image for QedImage {
     fn resize(&self, size: u64) -> ImageFuture<'_, ()> {
         let core = self.core.clone();
         Box::pin(detached(async move { core.resize(size).await }))
+    }
+
+    fn mask_behind_end(&self, until: GuestOffset) -> ImageFuture<'_, ()> {
+        let core = self.core.clone();
+        Box::pin(detached(async move { core.mask_behind_end(until).await }))
     }
 
     fn set_backing(&self, backing: Option<BackingRef>) -> ImageFuture<'_, ()> {
