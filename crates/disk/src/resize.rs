@@ -41,7 +41,9 @@ impl Inner {
         let below_ends = GuestOffset(self.view().below_ends()).min(new_end);
         let shows = GuestRange::between(old_end.align_up(self.unit), below_ends.align_up(self.unit));
         if !shows.is_empty() {
-            self.drop_held(shows, false).await?;
+            self.top.mask_behind_end(shows.end()).await?;
+            self.flusher.changed();
+            self.tables_changed(shows.len());
         }
         self.commit().await?;
         self.top.resize(size).await

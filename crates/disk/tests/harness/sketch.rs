@@ -276,6 +276,7 @@ impl Image for Sketch {
             let unit = state.tables.unit;
             assert!(!self.state.read_only);
             assert!(range.start().is_aligned(unit), "{range}");
+            assert!(range.end().get() <= self.size().next_multiple_of(unit), "{range} of {}", self.size());
             assert!(range.end().is_aligned(unit) || range.end().get() == self.size(), "{range} of {}", self.size());
             let id = state.begin(range, true);
             for cluster in range.start().get() / unit..range.end().get().div_ceil(unit) {
@@ -339,6 +340,18 @@ impl Image for Sketch {
             assert!(size >= self.size());
             self.state.store.flush().await?;
             self.state.tables.size.set(size);
+            Ok(())
+        })
+    }
+
+    fn mask_behind_end(&self, until: GuestOffset) -> ImageFuture<'_, ()> {
+        Box::pin(async move {
+            self.state.linger().await;
+            let unit = self.state.tables.unit;
+            for cluster in self.size().div_ceil(unit)..until.get().div_ceil(unit) {
+                self.state.tables.entries.borrow_mut().insert(cluster, Entry::Zero);
+            }
+            self.state.dirty.set(true);
             Ok(())
         })
     }
