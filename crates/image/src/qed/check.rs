@@ -16,6 +16,7 @@ use crate::{CheckReport, ErrorKind, Repair, Result};
 use layout::HostOffset;
 use layout::qed::{Features, L1Entry, L2Entry, SLICE_BYTES, SLICE_ENTRIES, Slice};
 use ring::Iov;
+use std::collections::HashSet;
 use std::rc::Rc;
 use store::{Backing, Store};
 
@@ -35,6 +36,8 @@ pub(super) struct Scan {
     pub(super) tables: Vec<(u64, HostOffset)>,
     /// Whole clusters in the store when the walk began.
     pub(super) clusters: u64,
+    /// Where the L2 entries are whose data was copied away from under a table.
+    rescued: HashSet<HostOffset>,
 }
 
 /// What is wrong with an entry.
@@ -63,6 +66,7 @@ impl Scan {
             used: ClusterSet::default(),
             tables: Vec::new(),
             clusters: core.store.size() >> geometry.cluster_bits(),
+            rescued: HashSet::new(),
         };
         let result = async {
             scan.claim(core, header.l1_table)?;
@@ -185,8 +189,9 @@ impl Scan {
                     slice.set(i, new.get());
                     changed = true;
                     self.report.corruptions_fixed += 1;
-                    let at = (table + (number * SLICE_ENTRIES as u64 + i as u64) * 8).get();
-                    let name = core.store.name();
+                    let place = table + (number * SLICE_ENTRIES as u64 + i as u64) * 8;
+                    self.rescued.insert(place);
+                    let (name, at) = (core.store.name(), place.get());
                     self.say(format!("'{name}' at offset {at}: L2 entry leads into a table: copied to {new}"));
                 }
             }
@@ -206,14 +211,16 @@ impl Scan {
     ) -> std::result::Result<(), Stop> {
         let geometry = core.geometry;
         let l1 = core.header.get().l1_range();
-        // Copies lie behind what was there when the walk began.
-        let length = fixer.as_deref().map_or(self.clusters << geometry.cluster_bits(), Fixer::end);
-        let mut last = 0;
+        let length = self.clusters << geometry.cluster_bits();
+        let mut last = 0u64;
         let mut reader = TableReader::new(core, table);
         while let Some((number, mut slice)) = self.next(core, &mut reader, "L2 table").await {
             let mut changed = false;
             let entries = *slice.raw();
             for (i, raw) in entries.into_iter().enumerate() {
+                let place = table + (number * SLICE_ENTRIES as u64 + i as u64) * 8;
+                // Copies lie behind what was there when the walk began; nobody else's entry may lead there.
+                let length = if self.rescued.contains(&place) { u64::MAX } else { length };
                 let flaw = match core.rules.l2(raw, length) {
                     Ok(L2Entry::Unallocated | L2Entry::Zero) => continue,
                     Ok(L2Entry::Data(at)) if l1.contains(at) => {
@@ -227,8 +234,7 @@ impl Scan {
                 };
                 let mut raw = raw;
                 if let Some(flaw) = flaw {
-                    let index = number * SLICE_ENTRIES as u64 + i as u64;
-                    let guest = table_index * geometry.table_reach() + index * geometry.cluster_size();
+                    let guest = table_index * geometry.table_reach() + (place - table) / 8 * geometry.cluster_size();
                     let (fixed, what) = self.fix(&flaw, fixer.as_deref_mut(), guest).await?;
                     match fixed {
                         Some(entry) => {
@@ -239,7 +245,7 @@ impl Scan {
                         }
                         None => self.report.corruptions += 1,
                     }
-                    let at = (table + index * 8).get();
+                    let at = place.get();
                     self.say(format!(
                         "'{}' at offset {at}: L2 entry for guest offset {guest}: {what}",
                         core.store.name()
@@ -247,7 +253,8 @@ impl Scan {
                 }
                 if raw != 0 {
                     self.report.allocated_clusters += 1;
-                    self.report.fragmented_clusters += u64::from(last != 0 && last + geometry.cluster_size() != raw);
+                    self.report.fragmented_clusters +=
+                        u64::from(last != 0 && last.checked_add(geometry.cluster_size()) != Some(raw));
                     last = raw;
                 }
             }

@@ -43,11 +43,6 @@ impl Fixer {
         }
     }
 
-    /// Behind everything that is in use, copies included.
-    pub(super) fn end(&self) -> u64 {
-        self.end
-    }
-
     /// log2 of the bytes in a cluster.
     pub(super) fn cluster_bits(&self) -> u32 {
         self.core.geometry.cluster_bits()
