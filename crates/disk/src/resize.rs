@@ -10,6 +10,7 @@
 
 use crate::disk::Inner;
 use crate::view::mapped;
+use crate::write::Fill;
 use image::{ErrorKind, Keep, Mapping, Purpose, Result};
 use layout::{GuestOffset, GuestRange};
 use std::rc::Rc;
@@ -62,10 +63,9 @@ impl Inner {
             }
             Mapping::Unallocated if self.view().below_ends() <= used.end().get() => Ok(()),
             Mapping::Unallocated => {
-                let data = self.fill(cluster, Mapping::Unallocated).await?;
-                if data.is_zero() {
+                let Fill::Bytes(data) = self.fill(cluster, Mapping::Unallocated).await? else {
                     return self.drop_held(used, false).await;
-                }
+                };
                 let reservation = self.reserve(cluster, Purpose::Data).await?;
                 self.write_store(self.place(&reservation)?, data, false).await?;
                 self.linked(reservation.link(Keep::New, |_| false));

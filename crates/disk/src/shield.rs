@@ -36,8 +36,8 @@ impl<T: 'static> Future for Shielded<T> {
 
 impl<T: 'static> Drop for Shielded<T> {
     fn drop(&mut self) {
-        // What never began need not end; what panicked cannot go on.
-        let goes_on = self.started && !std::thread::panicking();
+        // What never began need not end; what panicked, or lost its ring, cannot go on.
+        let goes_on = self.started && !std::thread::panicking() && ring::is_running();
         if let Some(work) = self.work.take().filter(|_| goes_on) {
             drop(ring::spawn(work));
         }

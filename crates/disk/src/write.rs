@@ -141,14 +141,21 @@ impl Inner {
         // Fetched before anything is reserved: a source may take its time, and reservations hold tables in memory.
         let _budget = self.fill_budget.acquire(usize_of(before.len() + after.len())).await;
         let (head, tail) = try_join(self.fill(before, first), self.fill(after, last)).await?;
-        let bytes = head.join(&from).join(&tail);
         let mut rest = clusters;
         while !rest.is_empty() {
             let reservation = self.reserve(rest, Purpose::Data).await?;
             let part = reservation.range();
-            let at = usize_of(part.start() - clusters.start());
-            let bytes = bytes.slice(at..at + usize_of(part.len()));
-            self.write_store(self.place(&reservation)?, bytes, false).await?;
+            // Fill of zeros needs no writing where there are zeros.
+            let head_part = if head.is_there(reservation.zeroed()) { before.first(0) } else { before.intersect(part) };
+            let tail_part = if tail.is_there(reservation.zeroed()) { after.first(0) } else { after.intersect(part) };
+            let guest_part = run.intersect(part);
+            let guest_at = usize_of(guest_part.start() - run.start());
+            let bytes = head
+                .bytes(before, head_part)
+                .join(&from.slice(guest_at..guest_at + usize_of(guest_part.len())))
+                .join(&tail.bytes(after, tail_part));
+            let at = guest_part.start() - part.start() - head_part.len();
+            self.write_store(self.place(&reservation)? + at, bytes, false).await?;
             self.linked(reservation.link(Keep::New, |_| false));
             rest = rest.skip(part.len());
         }
@@ -156,12 +163,12 @@ impl Inner {
     }
 
     /// What `part` of a cluster that the top maps as `mapping` (not as data) reads as; zeros past the disk's end.
-    pub(crate) async fn fill(self: &Rc<Self>, part: GuestRange, mapping: Mapping) -> Result<Iov> {
+    pub(crate) async fn fill(self: &Rc<Self>, part: GuestRange, mapping: Mapping) -> Result<Fill> {
         let view = self.view();
         let len = usize_of(part.len());
         let on_disk = self.clip(part);
         if on_disk.is_empty() || mapping == Mapping::Zero || view.depth() == 1 {
-            return Ok(Iov::zeroed(len));
+            return Ok(Fill::Zeros);
         }
         let data = Iov::alloc(len);
         let used = usize_of(on_disk.len());
@@ -172,7 +179,7 @@ impl Inner {
                 match fetch.data().await {
                     Ok(fetched) => {
                         let at = usize_of(part.start() - fetch.range().start());
-                        return Ok(fetched.slice(at..at + len));
+                        return Ok(Fill::of(fetched.slice(at..at + len)));
                     }
                     Err(error) if error.is_unavailable() => {
                         hold.or_fail(error).await?;
@@ -183,8 +190,39 @@ impl Inner {
                 }
             }
             match self.read_below(&view, on_disk, &data.slice(0..used)).await {
-                Ok(()) => return Ok(data),
+                Ok(()) => return Ok(Fill::of(data)),
                 Err(error) => hold.or_fail(error).await?,
+            }
+        }
+    }
+}
+
+/// What surrounds a guest's bytes in a new cluster.
+pub(crate) enum Fill {
+    /// Nothing but zeros.
+    Zeros,
+    /// These bytes.
+    Bytes(Iov),
+}
+
+impl Fill {
+    fn of(bytes: Iov) -> Self {
+        if bytes.is_zero() { Self::Zeros } else { Self::Bytes(bytes) }
+    }
+
+    /// Whether clusters that hold zeros (if `zeroed`) hold it already.
+    fn is_there(&self, zeroed: bool) -> bool {
+        zeroed && matches!(self, Self::Zeros)
+    }
+
+    /// The bytes of `part`, which lies in `whole` (or is empty), all that this fill is for.
+    fn bytes(&self, whole: GuestRange, part: GuestRange) -> Iov {
+        match self {
+            _ if part.is_empty() => Iov::empty(),
+            Self::Zeros => Iov::zeroed(usize_of(part.len())),
+            Self::Bytes(bytes) => {
+                let at = usize_of(part.start() - whole.start());
+                bytes.slice(at..at + usize_of(part.len()))
             }
         }
     }

@@ -127,8 +127,7 @@ struct Run {
 
 const TOP: &str = "top";
 
-async fn build(plan: &Plan) -> Run {
-    let formats = if std::env::var_os("DISK_MODEL_REAL").is_some() { Formats::Real } else { Formats::Sketched };
+async fn build(plan: &Plan, formats: Formats) -> Run {
     let world = World::new(formats, plan.seed, plan.slow);
     let dice = Dice::new(plan.seed ^ 1);
     let units: &[u64] = if formats == Formats::Real { &[4096, 65536, 8192] } else { &[512, 4096, 1024, 16384] };
@@ -336,20 +335,35 @@ impl Run {
     }
 }
 
+fn carry_out(plan: &Plan, formats: Formats) {
+    Sim::new(plan.seed).block_on(async {
+        let mut run = build(plan, formats).await;
+        run.verify().await;
+        for batch in &plan.batches {
+            run.batch(batch).await;
+        }
+        run.reopen().await;
+        run.verify().await;
+        run.disk.close().await.unwrap();
+    });
+}
+
+/// `PROPTEST_CASES` overrides.
+fn config() -> ProptestConfig {
+    let cases = if std::env::var_os("PROPTEST_CASES").is_some() { ProptestConfig::default().cases } else { 160 };
+    ProptestConfig { cases, max_shrink_iters: 4000, failure_persistence: None, ..ProptestConfig::default() }
+}
+
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 192, max_shrink_iters: 4000, ..ProptestConfig::default() })]
+    #![proptest_config(config())]
 
     #[test]
     fn a_disk_is_what_was_written(plan in plan()) {
-        Sim::new(plan.seed).block_on(async {
-            let mut run = build(&plan).await;
-            run.verify().await;
-            for batch in &plan.batches {
-                run.batch(batch).await;
-            }
-            run.reopen().await;
-            run.verify().await;
-            run.disk.close().await.unwrap();
-        });
+        carry_out(&plan, Formats::Sketched);
+    }
+
+    #[test]
+    fn a_disk_of_qed_and_raw_is_what_was_written(plan in plan()) {
+        carry_out(&plan, Formats::Real);
     }
 }

@@ -265,8 +265,10 @@ impl Image for Sketch {
             }
             let clusters = if purpose == Purpose::Data { hosts.len() as u64 } else { most.min(range.len() / unit) };
             let host = hosts.first().map(|host| HostOffset(*host));
+            // Space at the end of the store was never written; what was freed holds what it held.
+            let zeroed = host.is_some_and(|host| host.get() >= state.store.size()) && state.dice.one_in(2);
             let inner = Reserve { state: Rc::clone(state), hosts, purpose };
-            Ok(Reservation::new(range.first(clusters * unit), host, Box::new(inner)))
+            Ok(Reservation::new(range.first(clusters * unit), host, Box::new(inner)).with_zeroed(zeroed))
         })
     }
 
