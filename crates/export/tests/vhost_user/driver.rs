@@ -125,7 +125,8 @@ pub(crate) struct Queue {
     avail: u16,
     kicked: u16,
     used: u16,
-    next: u16,
+    /// The descriptor the next chain begins with.
+    pub(crate) next: u16,
 }
 
 impl Queue {
@@ -321,10 +322,15 @@ impl Driver {
 
     /// Says that the next used entry is waited for (with event indices: that a call is wanted for it).
     pub(crate) fn arm(&self, queue: usize) {
+        self.arm_for(queue, 0);
+    }
+
+    /// The same for the one behind `more` others.
+    pub(crate) fn arm_for(&self, queue: usize, more: u16) {
         if self.features & F_EVENT_IDX != 0 {
             let q = &self.queues[queue];
             let at = q.available() + 4 + 2 * u64::from(q.size);
-            self.guest.memory.store(q.used, GuestAddress(at), Ordering::Relaxed).unwrap();
+            self.guest.memory.store(q.used.wrapping_add(more), GuestAddress(at), Ordering::Relaxed).unwrap();
             fence(Ordering::SeqCst);
         }
     }

@@ -182,6 +182,42 @@ fn what_ends_together_is_announced_once() {
 }
 
 #[test]
+fn a_driver_is_called_at_the_completion_it_asked_for() {
+    let server = Server::start(Setup::default());
+    let mut driver = Driver::connect(server.path(), Options::default());
+    written(&driver.queues[0].call);
+    driver.arm_for(0, 3);
+    for i in 0..6 {
+        driver.submit(0, Slot(0), FLUSH, 0, 0);
+        driver.kick(0);
+        crate::driver::eventually("the completion", || driver.unseen(0) == i + 1);
+        // A round trip over the protocol: what the server had to do it has done.
+        driver.frontend.set_vring_enable(0, true).unwrap();
+        assert_eq!(written(&driver.queues[0].call), u64::from(i == 3), "completion {i}");
+    }
+    server.stop();
+}
+
+#[test]
+fn a_server_that_has_been_kicked_comes_to_rest() {
+    // Processor time of the shard's thread, in ticks (usually of 10 ms).
+    fn ticks() -> u64 {
+        let stat = std::fs::read_to_string("/proc/thread-self/stat").unwrap();
+        let (_, fields) = stat.rsplit_once(')').unwrap();
+        fields.split_whitespace().skip(11).take(2).map(|field| field.parse::<u64>().unwrap()).sum()
+    }
+    let server = Server::start(Setup::default());
+    let mut driver = Driver::connect(server.path(), Options::default());
+    assert_eq!(driver.run(0, Slot(0), FLUSH, 0, 0), 0);
+    let before = server.on(|_| ticks());
+    std::thread::sleep(std::time::Duration::from_millis(500));
+    // A thread that spins has used 50 by now (on a busy machine fewer, never more): one that rests has used none.
+    let used = server.on(|_| ticks()) - before;
+    assert!(used <= 5, "{used} ticks for nothing");
+    server.stop();
+}
+
+#[test]
 fn a_driver_that_wants_no_calls_gets_none() {
     let server = Server::start(Setup::default());
     let mut driver = Driver::connect(server.path(), Options { without: F_EVENT_IDX, ..Options::default() });

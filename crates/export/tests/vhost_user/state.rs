@@ -188,6 +188,7 @@ fn stopping_the_server_drains_first() {
     }
     assert_eq!(driver.status(Slot(0)), UNANSWERED);
     assert!(server.path().exists());
+    assert!(driver.frontend.get_features().is_ok(), "still connected");
     server.on(|inside| inside.store.open_gate());
     stop.take().unwrap().wait().unwrap();
     assert_eq!((driver.unseen(0), driver.status(Slot(0))), (1, 0));
