@@ -72,12 +72,14 @@ pub struct Trace {
 struct Shared {
     on: Cell<bool>,
     keep: usize,
-    watcher: Option<Box<dyn Fn(&Record)>>,
+    watcher: Option<Box<Watcher>>,
     records: RefCell<VecDeque<Record>>,
     next: Cell<u64>,
     hash: Cell<u64>,
     counts: RefCell<[Count; OPERATIONS]>,
 }
+
+type Watcher = dyn Fn(&Record);
 
 /// How often, and how much.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -111,7 +113,7 @@ impl Trace {
         Self::build(0, Some(Box::new(watcher)))
     }
 
-    fn build(keep: usize, watcher: Option<Box<dyn Fn(&Record)>>) -> Self {
+    fn build(keep: usize, watcher: Option<Box<Watcher>>) -> Self {
         let shared = Shared {
             on: Cell::new(true),
             keep,
@@ -332,7 +334,9 @@ mod tests {
         let hashes: Vec<u64> = (0..20)
             .map(|seed| {
                 let traces = [Trace::keeping(1), Trace::keeping(100)];
-                traces.iter().for_each(|trace| run(seed, trace));
+                for trace in &traces {
+                    run(seed, trace);
+                }
                 assert_eq!(traces[0].hash(), traces[1].hash(), "what is kept does not matter");
                 traces[0].hash()
             })

@@ -182,7 +182,8 @@ impl FileStore {
         if reads_first {
             self.read_blocks(open, first, &part_of(&buffer, outer, first)).await?;
         }
-        if !range.end().is_aligned(block) && !(reads_first && last == first) {
+        let reads_last = !range.end().is_aligned(block) && (last != first || !reads_first);
+        if reads_last {
             self.read_blocks(open, last, &part_of(&buffer, outer, last)).await?;
         }
         part_of(&buffer, outer, range).copy_from(from);

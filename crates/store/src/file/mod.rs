@@ -193,7 +193,7 @@ impl FileStore {
         let store = self.me.upgrade().expect("only an Rc of it is ever handed out");
         let work = Box::pin(async move {
             check(&store)?;
-            let running = store.begin(operation, Some(range))?;
+            let running = store.begin(operation, None)?;
             store.abandoned.clear_of(range).await;
             work(&store, &running.open).await
         });
@@ -351,7 +351,9 @@ impl Store for FileStore {
             };
             Err(Error::new(ErrorKind::OutOfRange, Operation::SetSize, &store.name, Some(range), why))
         };
-        self.change(Operation::SetSize, range, check, async move |store: &Self, open: &Open| {
+        // It concerns all that is, or will be, past the new end.
+        let touched = HostRange::between(range.start(), HostOffset(u64::MAX));
+        self.change(Operation::SetSize, touched, check, async move |store: &Self, open: &Open| {
             let result = store.set_length(open, size, false).await;
             store.extents.emptied(HostRange::between(HostOffset(size), HostOffset(u64::MAX)));
             result.map_err(|error| Error::from_io(Operation::SetSize, &store.name, Some(range), error))

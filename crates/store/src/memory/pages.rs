@@ -194,7 +194,7 @@ impl Eq for Snapshot {}
 
 impl fmt::Debug for Snapshot {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Snapshot").field("size", &self.size).field("held", &self.held()).finish()
+        f.debug_struct("Snapshot").field("size", &self.size).field("held", &self.held()).finish_non_exhaustive()
     }
 }
 

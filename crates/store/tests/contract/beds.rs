@@ -4,6 +4,7 @@ use ring::sim::Sim;
 use ring::{Config, Ring};
 use std::path::Path;
 use std::rc::Rc;
+use store::fault::FaultStore;
 use store::file::{FileStore, OpenOptions};
 use store::memory::MemoryStore;
 use store::trace::{Trace, TraceStore};
@@ -33,6 +34,12 @@ pub(crate) fn on_every_store(test: impl AsyncFn(Rc<dyn Store>)) {
     for seed in 0..8 {
         let sim = Sim::new(seed);
         sim.block_on(test(MemoryStore::new("memory", 0)));
+        sim.block_on(test(FaultStore::new(MemoryStore::new("fault", 0), seed)));
+        sim.block_on(async {
+            let store = FaultStore::new(MemoryStore::new("volatile", 0), seed);
+            store.make_volatile(512).await.unwrap();
+            test(store).await;
+        });
         sim.block_on(test(TraceStore::new(MemoryStore::new("trace", 0), Trace::keeping(16))));
     }
     let folder = TempDir::new().unwrap();
@@ -42,7 +49,7 @@ pub(crate) fn on_every_store(test: impl AsyncFn(Rc<dyn Store>)) {
                 let Some(file) = new_file(folder.path(), direct).await else { continue };
                 let closing = Rc::clone(&file);
                 if wrapped {
-                    test(TraceStore::new(file, Trace::off())).await;
+                    test(TraceStore::new(FaultStore::new(file, 1), Trace::off())).await;
                 } else {
                     test(file).await;
                 }

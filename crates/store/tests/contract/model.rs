@@ -144,7 +144,9 @@ proptest! {
                     task.await;
                 }
                 let next = Rc::make_mut(&mut model);
-                step.iter().for_each(|operation| operation.apply(next));
+                for operation in step {
+ operation.apply(next);
+}
                 assert_eq!(store.size(), model.len() as u64, "after {step:?}");
                 assert!(read(&store, 0, model.len() + 100).await[..model.len()] == model[..], "after {step:?}");
             }
