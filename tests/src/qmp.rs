@@ -75,8 +75,8 @@ impl Qmp {
 
     /// Sends `text` as it is, with a line end.
     pub fn send_raw(&mut self, text: &str) -> Result {
-        self.stream.write_all(text.as_bytes())?;
-        self.stream.write_all(b"\n")?;
+        // In one piece: a server may obey at the closing brace, and hang up after `quit`.
+        self.stream.write_all(format!("{text}\n").as_bytes())?;
         Ok(())
     }
 

@@ -70,6 +70,13 @@ fn created_images_equal_qemu_imgs_byte_for_byte() -> Result {
                     if is_ours { headwater(args)?.ok() } else { qemu_img(args)?.ok() }
                 });
                 let [our_line, their_line] = lines;
+                if their_line.as_ref().is_err_and(|why| why.to_string().contains("less than 0 bytes")) {
+                    // QEMU computes the largest size such tables can map in 64 bits, overflows, and refuses all.
+                    our_line?;
+                    check(&ours)?.ok()?;
+                    fs::remove_file(&ours)?;
+                    continue;
+                }
                 assert_eq!(our_line?.replace("ours.qed", ""), their_line?.replace("theirs.qed", ""), "{what}");
                 assert_same_bytes(&ours, &theirs, &what)?;
                 fs::remove_file(&ours)?;

@@ -269,8 +269,8 @@ fn source_errors_follow_the_policy() -> Result {
         let chain = Chain::new(8 << 20)?;
         let expected = chain.snapshot()?;
         let broken = chain.at("broken");
-        fs::write(&broken, "")?;
         let server = chain.serve().arg("--source-error-while").arg(&broken).start()?;
+        fs::write(&broken, "")?;
         let mut qmp = server.qmp()?;
         qmp.execute("block-stream", json!({ "device": "my", "job-id": "s", "on-error": policy }))?;
         let said = qmp.event("BLOCK_JOB_ERROR")?;

@@ -126,9 +126,6 @@ fn print_human(quiet: bool, report: &CheckReport) {
             percent(report.compressed_clusters, report.allocated_clusters),
         );
     }
-    if report.image_end_offset > 0 {
-        println!("Image end offset: {}", report.image_end_offset);
-    }
 }
 
 fn as_json(file: &str, format: Format, report: &CheckReport) -> Value {
@@ -139,7 +136,6 @@ fn as_json(file: &str, format: Format, report: &CheckReport) -> Value {
             fields.insert(name.into(), json!(value));
         }
     };
-    optional("image-end-offset", report.image_end_offset);
     optional("corruptions", report.corruptions);
     optional("leaks", report.leaks);
     optional("corruptions-fixed", report.corruptions_fixed);
