@@ -14,6 +14,7 @@ use super::request::{Refusal, Request, Terms};
 use disk::Disk;
 use ring::{File, Iov, spawn};
 use rustix::net::Shutdown;
+use std::cell::Cell;
 use std::io;
 use std::rc::Rc;
 use std::time::Duration;
@@ -31,17 +32,18 @@ const HANDSHAKE_BUFFER: usize = 4096;
 pub(super) struct Link {
     file: File,
     flight: Rc<Flight>,
+    transmitting: Cell<bool>,
 }
 
 impl Link {
     pub(super) fn new(file: File) -> Rc<Self> {
-        Rc::new(Self { file, flight: Flight::new() })
+        Rc::new(Self { file, flight: Flight::new(), transmitting: Cell::new(false) })
     }
 
-    /// Takes no more requests; those under way end, and their replies are sent.
+    /// Takes no more requests; those under way end, and their replies are sent. A handshake ends where it is.
     pub(super) fn stop(&self) {
         self.flight.close();
-        self.shutdown(Shutdown::Read);
+        self.shutdown(if self.transmitting.get() { Shutdown::Read } else { Shutdown::Both });
     }
 
     /// Drops the client.
@@ -81,6 +83,7 @@ pub(super) async fn serve(link: &Link, offers: Vec<Offer>, disks: Vec<Rc<Disk>>)
         Ok(Some((agreement, early))) => {
             let disk = Rc::clone(&disks[agreement.export]);
             drop(disks);
+            link.transmitting.set(true);
             transmit(link, disk, agreement, &early).await
         }
         Ok(None) => Ok(()),
@@ -96,41 +99,33 @@ async fn negotiate(link: &Link, offers: Vec<Offer>) -> io::Result<Option<(Agreem
     let mut handshake = Handshake::new(offers);
     let buffer = Iov::alloc(HANDSHAKE_BUFFER);
     let (mut input, mut output) = (Vec::new(), Handshake::greeting().to_vec());
+    let mut progress = Progress::Continue;
     loop {
         if !output.is_empty() {
-            let reply = Iov::from_slice(&output);
+            patient(link.file.send_all(&Iov::from_slice(&output))).await?;
             output.clear();
-            let Some(sent) = ring::timeout(HANDSHAKE_PATIENCE, link.file.send_all(&reply)).await else {
-                return Err(io::ErrorKind::TimedOut.into());
-            };
-            sent?;
         }
-        let (taken, progress) = handshake.advance(&input, &mut output).map_err(broken)?;
-        input.drain(..taken);
         match progress {
             Progress::Continue => {}
-            Progress::Transmission(agreement) => {
-                link.file.send_all(&Iov::from_slice(&output)).await?;
-                return Ok(Some((agreement, input)));
-            }
-            Progress::Over => {
-                // The client may be gone without waiting for this.
-                let _ = link.file.send_all(&Iov::from_slice(&output)).await;
-                return Ok(None);
-            }
-            Progress::NeedMore => match ring::timeout(HANDSHAKE_PATIENCE, link.file.recv(&buffer)).await {
-                None => return Err(io::ErrorKind::TimedOut.into()),
-                Some(received) => match received? {
-                    0 => return Ok(None),
-                    received => {
-                        let held = input.len();
-                        input.resize(held + received, 0);
-                        buffer.read(0, &mut input[held..]);
-                    }
-                },
+            Progress::Transmission(agreement) => return Ok(Some((agreement, input))),
+            Progress::Over => return Ok(None),
+            Progress::NeedMore => match patient(link.file.recv(&buffer)).await? {
+                0 => return Ok(None),
+                received => {
+                    let held = input.len();
+                    input.resize(held + received, 0);
+                    buffer.read(0, &mut input[held..]);
+                }
             },
         }
+        let taken;
+        (taken, progress) = handshake.advance(&input, &mut output).map_err(broken)?;
+        input.drain(..taken);
     }
+}
+
+async fn patient<T>(operation: impl Future<Output = io::Result<T>>) -> io::Result<T> {
+    ring::timeout(HANDSHAKE_PATIENCE, operation).await.unwrap_or_else(|| Err(io::ErrorKind::TimedOut.into()))
 }
 
 async fn transmit(link: &Link, disk: Rc<Disk>, agreement: Agreement, early: &[u8]) -> io::Result<()> {
@@ -146,7 +141,11 @@ async fn transmit(link: &Link, disk: Rc<Disk>, agreement: Agreement, early: &[u8
             outcome
         }
     });
-    let received = receive(link, &to, early).await;
+    let received = match receive(link, &to, early).await {
+        // We have closed that side ourselves, in the middle of a message.
+        Err(error) if error.kind() == io::ErrorKind::UnexpectedEof && link.flight.is_closed() => Ok(()),
+        received => received,
+    };
     if received.is_err() {
         to.outbox.kill();
         link.shutdown(Shutdown::Both);
@@ -184,7 +183,10 @@ async fn receive(link: &Link, to: &Rc<Transmission>, early: &[u8]) -> io::Result
             _ => 0,
         };
         let Some(ticket) = flight.enter(moves).await else {
-            inbound.discard(payload).await?;
+            // Nothing more is received: somebody who sends and sends would never be rid of.
+            if !inbound.skip(payload) {
+                break;
+            }
             let error = NbdError::Shutdown;
             execute::refuse(to, &request, flight.enter_closed(), error, error.message());
             continue;

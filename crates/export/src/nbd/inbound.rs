@@ -90,6 +90,15 @@ impl Inbound {
         Ok(payload)
     }
 
+    /// Lets the next `len` bytes pass by if they have been received already.
+    pub(super) fn skip(&mut self, len: usize) -> bool {
+        let there = len <= self.end - self.start;
+        if there {
+            self.start += len;
+        }
+        there
+    }
+
     /// Lets the next `len` bytes pass by.
     pub(super) async fn discard(&mut self, mut len: usize) -> io::Result<()> {
         while len > 0 {

@@ -204,6 +204,52 @@ fn stop_ends_idle_and_unfinished_clients() {
 }
 
 #[test]
+fn stop_in_the_middle_of_a_payload_sends_what_is_due() {
+    on_ring(async {
+        let fixture = Fixture::holding(&pattern(1 << 20, 8)).await;
+        let mut client = Client::new(fixture.address(), Style::Structured).await;
+        fixture.store.hold();
+        let read = client.submit(Command::Read, NONE, 0, 4096, &[]).await;
+        let (write, mut half) = client.begin(Command::Write, 0, 1 << 20);
+        half.extend([9; 1000]);
+        client.raw(&half).await.unwrap();
+        fixture.store.until_waiting(1).await;
+        let mut stopping = Box::pin(fixture.server.stop());
+        assert!(ring::timeout(Duration::from_millis(20), &mut stopping).await.is_none(), "a read is in flight");
+        fixture.store.release();
+        stopping.await;
+        while client.receive().await {}
+        assert!(client.ended(read).is_some_and(|outcome| outcome.is_ok()));
+        assert!(client.ended(write).is_none());
+        assert!(fixture.bytes() == pattern(1 << 20, 8));
+    });
+}
+
+#[test]
+fn stop_gets_rid_of_a_client_that_sends_and_sends() {
+    on_ring(async {
+        let disk = disk("disk", MemoryStore::new("memory", 1 << 20)).await;
+        let exports = vec![export("disk", &disk, false)];
+        let server = NbdServer::start(Address::Tcp("127.0.0.1".into(), 0), exports).await.unwrap();
+        let mut client = Client::new(server.address(), Style::Simple).await;
+        let mut flood = Vec::new();
+        for _ in 0..100 {
+            let (_, head) = client.begin(Command::Write, 0, 4096);
+            flood.extend(head);
+            flood.extend([1; 4096]);
+        }
+        let client = Rc::new(client);
+        let sending = ring::spawn({
+            let client = Rc::clone(&client);
+            async move { while client.raw(&flood).await.is_ok() {} }
+        });
+        ring::sleep(Duration::from_millis(50)).await;
+        server.stop().await;
+        sending.await;
+    });
+}
+
+#[test]
 fn dropping_the_server_drops_its_clients() {
     on_ring(async {
         let disk = disk("disk", MemoryStore::new("memory", 1 << 20)).await;
