@@ -48,7 +48,7 @@ pub(crate) struct Copying {
     on_error: OnError,
     flight: Flight,
     window: Window,
-    /// Where to look for more, and where the scan need not look any more.
+    /// Where to look for more.
     cursor: GuestOffset,
     /// What the last look found and is not sent yet.
     run: Option<Missing>,
@@ -127,13 +127,12 @@ impl Copying {
         }
     }
 
-    /// Where the copying stands: before this the scan need not count.
+    /// What lies before everything that is still to be done is done.
     fn note_progress(&self) {
         let run = self.run.map(|run| run.range.start());
         let again = self.again.iter().map(|chunk| chunk.range.start()).min();
         let front = [Some(self.cursor), run, again, self.flight.first()].into_iter().flatten().min();
         self.life.progress.passed(front.unwrap_or(self.cursor));
-        self.life.progress.copying_at(self.cursor);
     }
 
     /// What is to be sent next, without taking it.
@@ -182,9 +181,7 @@ impl Copying {
             Ok(Some(missing)) => {
                 let most = if missing.zero { u64::MAX } else { self.chunk_size().saturating_mul(CHUNKS_A_LOOK) };
                 let range = missing.range.first(most);
-                if !missing.zero {
-                    self.life.progress.found(range);
-                }
+                self.life.progress.found(range, !missing.zero);
                 self.cursor = range.end();
                 self.run = Some(Missing { range, ..missing });
             }
@@ -301,21 +298,12 @@ fn is_write(error: &Error) -> bool {
 /// Counts what is missing while the copying is on its way, so that its progress has a total. Errors are left to the copying
 /// to meet.
 pub(crate) async fn scan(life: Rc<Life>, target: Rc<dyn Target>) {
-    let mut at = GuestOffset::ZERO;
     loop {
         while life.is_paused() {
             life.changed.wait().await;
         }
-        at = life.progress.scan_from(at);
-        match target.next_missing(at).await {
-            Ok(Some(Missing { range, zero })) => {
-                let from = life.progress.scan_from(at).max(range.start());
-                let range = GuestRange::between(from, range.end());
-                if !zero {
-                    life.progress.scanned(range);
-                }
-                at = at.max(range.end());
-            }
+        match target.next_missing(life.progress.scan_from()).await {
+            Ok(Some(Missing { range, zero })) => life.progress.scanned(range, !zero),
             Ok(None) => return life.progress.scan_ended(),
             Err(_) => return,
         }

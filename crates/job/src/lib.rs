@@ -30,3 +30,6 @@ pub use event::{ErrorAction, Event, Events};
 pub use registry::{JobError, JobErrorKind, JobInfo, Jobs};
 pub use state::{IoStatus, Status, Verb};
 pub use stream::{OnError, StreamOptions};
+
+#[cfg(test)]
+mod tests;

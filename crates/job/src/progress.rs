@@ -3,8 +3,8 @@
 //! **Invariants.** Neither number ever runs backwards, `offset` never passes `len`, and a job that ends well ends with the
 //! two equal. What guests write before the job gets there counts as done: the job no longer has to copy it.
 //!
-//! The disk is divided into segments, few enough to keep a counter each. A scan that runs beside the copying counts what
-//! each lacks, the copying counts what it finds and what it has copied; what the job has passed is done, whoever did it.
+//! A scan runs beside the copying and ahead of it. Each missing byte is counted once, by whoever of the two comes by first.
+//! The disk is divided into segments, few enough to keep a counter each; what the job has passed is done, whoever did it.
 
 use layout::{GuestOffset, GuestRange};
 use std::cell::{Cell, RefCell};
@@ -17,10 +17,8 @@ const SMALLEST_SEGMENT: u64 = 16 << 20;
 
 #[derive(Clone, Copy, Default)]
 struct Segment {
-    /// Missing bytes that the scan saw.
-    scanned: u64,
-    /// Missing bytes that the copying found.
-    found: u64,
+    /// Bytes that were missing.
+    missing: u64,
     /// Bytes the copying has dealt with.
     copied: u64,
     /// The copying has passed it: whatever was missing is there.
@@ -28,12 +26,8 @@ struct Segment {
 }
 
 impl Segment {
-    fn len(self) -> u64 {
-        self.scanned.max(self.found)
-    }
-
     fn offset(self) -> u64 {
-        if self.passed { self.len() } else { self.copied.min(self.len()) }
+        if self.passed { self.missing } else { self.copied.min(self.missing) }
     }
 }
 
@@ -51,8 +45,10 @@ pub(crate) struct Progress {
     told: Cell<u64>,
     /// Nothing is left to be counted.
     counted: Cell<bool>,
-    /// Where the copying looks for more.
+    /// The copying has looked at everything before this.
     copying_at: Cell<GuestOffset>,
+    /// And so has the scan, or it was overtaken.
+    scanning_at: Cell<GuestOffset>,
 }
 
 impl Progress {
@@ -71,6 +67,7 @@ impl Progress {
             told: Cell::new(0),
             counted: Cell::new(false),
             copying_at: Cell::new(GuestOffset::ZERO),
+            scanning_at: Cell::new(GuestOffset::ZERO),
         }
     }
 
@@ -93,24 +90,17 @@ impl Progress {
         self.offset.get()
     }
 
-    /// The copying looks for more from here on.
-    pub(crate) fn copying_at(&self, at: GuestOffset) {
-        self.copying_at.set(at);
+    /// Where the scan should go on: not where the copying has overtaken it.
+    pub(crate) fn scan_from(&self) -> GuestOffset {
+        self.scanning_at.get().max(self.copying_at.get())
     }
 
-    /// Where a scan that stands at `at` should go on: not where the copying has overtaken it.
-    pub(crate) fn scan_from(&self, at: GuestOffset) -> GuestOffset {
-        let copying = self.copying_at.get();
-        if copying <= at {
-            return at;
+    /// The scan has found `range`, the first from where it stood; it is copied if `counts`.
+    pub(crate) fn scanned(&self, range: GuestRange, counts: bool) {
+        if counts {
+            self.count(GuestRange::between(range.start().max(self.copying_at.get()), range.end()));
         }
-        // What is left of the segment is counted by the copying.
-        GuestOffset((copying.get() / self.segment + 1).saturating_mul(self.segment))
-    }
-
-    /// The scan has seen that `range` is missing.
-    pub(crate) fn scanned(&self, range: GuestRange) {
-        self.each(range, |segment, bytes| segment.scanned += bytes);
+        self.scanning_at.set(range.end().max(self.scanning_at.get()));
     }
 
     /// The scan is through.
@@ -118,9 +108,12 @@ impl Progress {
         self.counted.set(true);
     }
 
-    /// The copying has found `range` missing.
-    pub(crate) fn found(&self, range: GuestRange) {
-        self.each(range, |segment, bytes| segment.found += bytes);
+    /// The copying has found `range`, the first from where it stood; it is copied if `counts`.
+    pub(crate) fn found(&self, range: GuestRange, counts: bool) {
+        if counts {
+            self.count(GuestRange::between(range.start().max(self.scanning_at.get()), range.end()));
+        }
+        self.copying_at.set(range.end());
     }
 
     /// The copying has dealt with `range`.
@@ -148,6 +141,10 @@ impl Progress {
         self.offset.set(self.len.get());
     }
 
+    fn count(&self, range: GuestRange) {
+        self.each(range, |segment, bytes| segment.missing += bytes);
+    }
+
     fn each(&self, range: GuestRange, change: impl Fn(&mut Segment, u64)) {
         let mut segments = self.segments.borrow_mut();
         let mut rest = range;
@@ -159,11 +156,10 @@ impl Progress {
             if segment.passed {
                 continue;
             }
-            self.len.set(self.len.get() - segment.len());
-            self.offset.set(self.offset.get() - segment.offset());
+            let before = *segment;
             change(segment, bytes);
-            self.len.set(self.len.get() + segment.len());
-            self.offset.set(self.offset.get() + segment.offset());
+            self.len.set(self.len.get() + segment.missing - before.missing);
+            self.offset.set(self.offset.get() + segment.offset() - before.offset());
         }
     }
 }
@@ -181,11 +177,11 @@ mod tests {
     #[test]
     fn what_a_guest_wrote_first_counts_when_it_is_passed() {
         let progress = Progress::new(64 * MIB, 65536);
-        progress.scanned(range(0, 64));
+        progress.scanned(range(0, 64), true);
         progress.scan_ended();
         assert_eq!((progress.len(), progress.offset()), (64 * MIB, 0));
         // The first segment was half written by a guest by the time the copying came.
-        progress.found(range(8, 8));
+        progress.found(range(8, 8), true);
         progress.copied(range(8, 4));
         assert_eq!((progress.len(), progress.offset()), (64 * MIB, 4 * MIB));
         progress.passed(GuestOffset(16 * MIB));
@@ -195,27 +191,29 @@ mod tests {
     }
 
     #[test]
-    fn a_copying_that_overtakes_the_scan_counts_for_itself() {
+    fn each_byte_is_counted_by_who_comes_first() {
         let progress = Progress::new(64 * MIB, 65536);
-        progress.copying_at(GuestOffset(17 * MIB));
-        assert_eq!(progress.scan_from(GuestOffset(0)), GuestOffset(32 * MIB));
-        assert_eq!(progress.scan_from(GuestOffset(40 * MIB)), GuestOffset(40 * MIB));
-        progress.found(range(0, 20));
-        progress.copied(range(0, 20));
+        progress.scanned(range(0, 4), true);
+        progress.found(range(0, 10), true);
+        assert_eq!(progress.scan_from(), GuestOffset(10 * MIB));
+        progress.copied(range(0, 10));
         assert!(progress.len() > progress.offset(), "not finished: the count is not");
-        progress.scanned(range(40, 4));
+        // The scan had looked from 4 on when the copying went by.
+        progress.scanned(range(4, 16), true);
+        progress.scanned(range(20, 10), false);
+        progress.scanned(range(40, 4), true);
+        progress.found(range(10, 10), true);
         progress.scan_ended();
-        assert_eq!((progress.len(), progress.offset()), (24 * MIB, 20 * MIB));
+        assert_eq!((progress.len(), progress.offset()), (24 * MIB, 10 * MIB));
     }
 
     #[test]
-    fn a_second_pass_and_a_late_scan_change_nothing_that_is_passed() {
+    fn a_second_pass_changes_nothing_that_is_passed() {
         let progress = Progress::new(32 * MIB, 65536);
-        progress.found(range(0, 16));
+        progress.found(range(0, 16), true);
         progress.copied(range(0, 16));
         progress.passed(GuestOffset(16 * MIB));
-        progress.scanned(range(0, 16));
-        progress.found(range(0, 2));
+        progress.found(range(0, 2), true);
         progress.copied(range(0, 2));
         assert_eq!((progress.final_len(), progress.offset()), (16 * MIB, 16 * MIB));
     }
