@@ -169,7 +169,7 @@ impl Naive {
             }
         }
         for (index, at) in tables {
-            let mut last = 0;
+            let mut last = 0u64;
             for entry in 0..entries {
                 let raw = number(bytes, (at + entry * 8) as usize);
                 if raw <= 1 {
@@ -183,7 +183,7 @@ impl Naive {
                     it.shared_data += 1;
                 }
                 it.allocated += 1;
-                it.fragmented += u64::from(last != 0 && last + cluster != raw);
+                it.fragmented += u64::from(last != 0 && last.checked_add(cluster) != Some(raw));
                 last = raw;
             }
         }
@@ -329,6 +329,18 @@ mod smoke {
         for base in 0..3 {
             image_stands(&[base]);
         }
+    }
+
+    /// Inputs that once found something; `fuzz/corpus/qed_image` starts from them, too.
+    #[test]
+    fn inputs_that_found_something_stand() {
+        let corpus = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../../fuzz/corpus/qed_image");
+        let mut inputs = 0;
+        for file in std::fs::read_dir(corpus).unwrap() {
+            image_stands(&std::fs::read(file.unwrap().path()).unwrap());
+            inputs += 1;
+        }
+        assert!(inputs >= 2);
     }
 
     #[test]
