@@ -41,7 +41,7 @@ const fn program(name: &'static str, package: &'static str, why: &'static str) -
     Program { name, package, why }
 }
 
-const PROGRAMS: [Program; 16] = [
+const PROGRAMS: [Program; 17] = [
     program("qemu-img", "qemu-utils", "makes, checks and compares images"),
     program("qemu-io", "qemu-utils", "reads and writes images"),
     program("qemu-nbd", "qemu-utils", "an NBD server to read from"),
@@ -50,6 +50,7 @@ const PROGRAMS: [Program; 16] = [
     program("nbdkit", "nbdkit", "an NBD server with delays and errors"),
     program("nbdinfo", "libnbd-bin", "an NBD client of other hands"),
     program("nbdcopy", "libnbd-bin", "an NBD client of other hands"),
+    program("nbdsh", "python3-libnbd", "an NBD client that sends what it is told"),
     program("nbdfuse", "libnbd-bin", "a slow local file for the bench"),
     program("fusermount3", "fuse3", "unmounts what nbdfuse mounted"),
     program("fio", "fio", "load for the bench"),
