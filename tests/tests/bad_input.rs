@@ -184,7 +184,7 @@ fn options_that_make_no_sense() -> Result {
     assert_refused(&hw(&[&"create", &"-f", &"qed", &image])?, &image, "size")?;
     assert_eq!(hw(&[&"create", &"--no-such-flag"])?.code()?, 2);
     let warned = hw(&[&"create", &"-f", &"qed", &"-o", &"table_size=1", &image, &"1M"])?;
-    assert!(warned.stderr.contains("table_size"), "{}", warned.stderr);
+    assert!(warned.stderr.contains("table size"), "{}", warned.stderr);
     warned.ok()?;
     Ok(())
 }

@@ -73,7 +73,7 @@ fn created_images_equal_qemu_imgs_byte_for_byte() -> Result {
                 if their_line.as_ref().is_err_and(|why| why.to_string().contains("less than 0 bytes")) {
                     // QEMU computes the largest size such tables can map in 64 bits, overflows, and refuses all.
                     our_line?;
-                    check(&ours)?.ok()?;
+                    hw(&[&"check", &ours])?.ok()?;
                     fs::remove_file(&ours)?;
                     continue;
                 }
@@ -143,7 +143,9 @@ fn assert_both_say_the_same(image: &Path) -> Result {
 fn both_sides_read_what_either_writes() -> Result {
     peer!("headwater", "qemu-img", "qemu-io");
     for (case, (cluster, table)) in
-        [("4k", 1), ("4k", 2), ("4k", 16), ("64k", 4), ("64k", 1), ("1M", 2), ("64M", 16)].into_iter().enumerate()
+        [("4k", 1), ("4k", 2), ("4k", 16), ("64k", 4), ("64k", 1), ("1M", 2), ("4M", 2), ("64M", 16)]
+            .into_iter()
+            .enumerate()
     {
         let dir = tempfile::tempdir()?;
         let base = dir.path().join("master.img");
@@ -152,8 +154,13 @@ fn both_sides_read_what_either_writes() -> Result {
         let (ours, theirs) = (dir.path().join("ours.qed"), dir.path().join("theirs.qed"));
         let options = format!("cluster_size={cluster},table_size={table}");
         hw(&[&"create", &"-q", &"-f", &"qed", &"-o", &options, &"-b", &"master.img", &"-F", &"raw", &ours])?.ok()?;
-        qemu(&[&"create", &"-q", &"-f", &"qed", &"-o", &options, &"-b", &"master.img", &"-F", &"raw", &theirs])?
-            .ok()?;
+        // QEMU refuses to open what its own qemu-img creates with one-cluster tables, and refuses to create what maps more
+        // than 64 bits can count; we serve both.
+        let shared = table > 1 && cluster != "64M";
+        if shared {
+            qemu(&[&"create", &"-q", &"-f", &"qed", &"-o", &options, &"-b", &"master.img", &"-F", &"raw", &theirs])?
+                .ok()?;
+        }
         let mut random = Random::new(100 + case as u64);
         let mut commands = Vec::new();
         let mut written = Vec::new();
@@ -172,9 +179,16 @@ fn both_sides_read_what_either_writes() -> Result {
         client.disconnect()?;
         server.quit()?;
         let what = format!("cluster_size={cluster}, table_size={table}");
-        if table == 1 {
-            // QEMU refuses to open what its own qemu-img creates with one-cluster tables; we serve it.
+        if !shared {
             hw(&[&"check", &ours])?.ok()?;
+            let (socket, server) = serve_nbd(dir.path(), &ours)?;
+            let mut client = Client::connect(&socket)?;
+            let mut expected = fs::read(&base)?;
+            for (at, bytes) in &written {
+                expected[*at as usize..*at as usize + bytes.len()].copy_from_slice(bytes);
+            }
+            assert!(client.read(0, size as u32)? == expected, "{what}: reopened, it reads otherwise");
+            server.quit()?;
             continue;
         }
         let lines: Vec<&str> = commands.iter().map(String::as_str).collect();
