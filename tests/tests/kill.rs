@@ -9,11 +9,12 @@ use std::ffi::OsStr;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use headwater_tests::headwater::{Headwater, headwater};
 use headwater_tests::nbd::{Client, Command};
-use headwater_tests::qemu::{check, compare, info};
+use headwater_tests::process::PATIENCE;
+use headwater_tests::qemu::{check, compare, info, qemu_img};
 use headwater_tests::random::Random;
 use headwater_tests::{Result, error, peer};
 use rustix::process::{Pid, Signal, kill_process};
@@ -132,6 +133,21 @@ fn load(client: &mut Client, random: &mut Random, oracle: &mut Oracle) {
     }
 }
 
+/// Waits until a killed server's locks are gone: the kernel lets go when the last write in flight has ended.
+fn released(top: &Path) -> Result {
+    let deadline = Instant::now() + PATIENCE;
+    loop {
+        let looked = qemu_img([OsStr::new("info"), top.as_os_str()])?;
+        if looked.status.success() {
+            return Ok(());
+        }
+        if !looked.stderr.contains("lock") || Instant::now() > deadline {
+            return Err(error!("{}", looked.stderr));
+        }
+        thread::sleep(Duration::from_millis(2));
+    }
+}
+
 fn create(dir: &Path) -> Result<PathBuf> {
     let top = dir.join("my.qed");
     let args = ["create", "-q", "-f", "qed", "-o", "cluster_size=16k", "-b", "master.raw", "-F", "raw"];
@@ -206,6 +222,7 @@ fn kill_once(dir: &Path, top: &Path, random: &mut Random, oracle: &mut Oracle) -
     if finished {
         assert_eq!(info(top)?.get("backing-filename"), None, "completed, and the backing file is still named");
     }
+    released(top)?;
     let checked = check(top)?;
     if !matches!(checked.code()?, 0 | 3) {
         return Err(error!("qemu-img check: {}{}", checked.stdout, checked.stderr));
@@ -281,6 +298,7 @@ fn killed_right_after_the_completion_event() -> Result {
         qmp.execute("block-stream", json!({ "job-id": "s", "device": "my" }))?;
         qmp.event("BLOCK_JOB_COMPLETED")?;
         server.daemon.kill()?;
+        released(&top)?;
         let kept = dir.path().join("kept.raw");
         fs::rename(&base, &kept)?;
         assert_eq!(info(&top)?.get("backing-filename"), None, "round {round}");

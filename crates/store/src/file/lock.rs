@@ -4,11 +4,24 @@
 //! whoever does not want others to use it holds one on byte 200 + *n*. Nobody ever locks exclusively: a conflict is found
 //! by asking, after one's own locks are in place, whether somebody else holds the opposite byte. Two who come at the same
 //! moment may both be refused, never both admitted. The locks belong to the open file description and go with it.
+//!
+//! They are held on the very description that I/O goes through, so that they outlive a killed process until the kernel has
+//! carried out, or given up, the last write it had in flight. Whoever opens the file next may rely on that; for the moments
+//! it takes, [`acquire`] asks again before it refuses.
 
 use crate::{Error, ErrorKind, Operation, Result};
 use ring::lock::{self, Lock};
 use std::io;
 use std::os::fd::BorrowedFd;
+use std::thread;
+use std::time::{Duration, Instant};
+
+/// How long a predecessor that was killed may take to let go. Its writes in flight end within milliseconds on a medium that
+/// works at all; a user who opens an image that is in use waits this long for the refusal.
+const PATIENCE: Duration = Duration::from_secs(2);
+
+/// How often to ask meanwhile.
+const ASK_EVERY: Duration = Duration::from_millis(10);
 
 /// First byte for "I use this permission".
 const USED: u64 = 100;
@@ -56,7 +69,15 @@ enum Conflict {
 /// Takes the locks, or says who is in the way (then, too, some locks are held until the description is closed). A file
 /// system without such locks is used without, with a warning. Blocks.
 pub(super) fn acquire(file: BorrowedFd<'_>, name: &str, claim: Claim, read_only: bool) -> Result<()> {
-    match try_acquire(file, claim) {
+    let deadline = Instant::now() + PATIENCE;
+    let mut answer = try_acquire(file, claim);
+    while matches!(answer, Ok(Some(_))) && Instant::now() < deadline {
+        // Not while holding some: two who wait for each other would both be refused.
+        release(file).map_err(|error| Error::from_io(Operation::Lock, name, None, error))?;
+        thread::sleep(ASK_EVERY);
+        answer = try_acquire(file, claim);
+    }
+    match answer {
         Ok(None) => Ok(()),
         Ok(Some(conflict)) => {
             Err(Error::new(ErrorKind::Locked, Operation::Lock, name, None, describe(&conflict, read_only)))
