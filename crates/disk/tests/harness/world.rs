@@ -7,7 +7,7 @@ use disk::{Disk, DiskOptions, Error, ErrorKind, Layer, Result};
 use futures_util::future::LocalBoxFuture;
 use image::create::{CreateOptions, create};
 use image::{BackingRef, Format, Image};
-use layout::{GuestOffset, HostOffset, HostRange};
+use layout::{GuestOffset, HostRange};
 use ring::Iov;
 use std::cell::RefCell;
 use std::collections::HashMap;
