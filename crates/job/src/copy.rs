@@ -13,7 +13,7 @@ use crate::window::{CHUNK, Window};
 use crate::{ErrorAction, IoStatus};
 use disk::{Error, ErrorKind, Missing};
 use futures_util::future::select;
-use layout::{GuestOffset, GuestRange};
+use layout::GuestOffset;
 use ring::Instant;
 use std::collections::VecDeque;
 use std::pin::pin;

@@ -178,7 +178,7 @@ mod tests {
     fn an_idle_bucket_saves_up_little() {
         Sim::new(1).block_on(async {
             let pace = Pace::new(1000, 1);
-            ring::sleep(Duration::from_secs(3600)).await;
+            ring::sleep(Duration::from_hours(1)).await;
             pace.charge(50);
             assert!(pace.wait().is_none(), "50 ms worth");
             pace.charge(1);

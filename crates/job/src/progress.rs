@@ -1,7 +1,7 @@
 //! How far a job is: bytes that must be copied, and how many of them are done.
 //!
-//! **Invariants.** Neither number ever runs backwards, `offset` never passes `len`, and a job that ends well ends with the
-//! two equal. What guests write before the job gets there counts as done: the job no longer has to copy it.
+//! **Invariants.** Neither number ever runs backwards (but `len` gives back the cluster it keeps ahead of an unfinished count,
+//! if nothing comes), `offset` never passes `len`, and a job that ends well ends with the two equal. What guests write before the job gets there counts as done: the job no longer has to copy it.
 //!
 //! A scan runs beside the copying and ahead of it. Each missing byte is counted once, by whoever of the two comes by first.
 //! The disk is divided into segments, few enough to keep a counter each; what the job has passed is done, whoever did it.
@@ -41,8 +41,6 @@ pub(crate) struct Progress {
     first_open: Cell<usize>,
     len: Cell<u64>,
     offset: Cell<u64>,
-    /// The highest `len` anybody was told.
-    told: Cell<u64>,
     /// Nothing is left to be counted.
     counted: Cell<bool>,
     /// The copying has looked at everything before this.
@@ -64,25 +62,22 @@ impl Progress {
             first_open: Cell::new(0),
             len: Cell::new(0),
             offset: Cell::new(0),
-            told: Cell::new(0),
             counted: Cell::new(false),
             copying_at: Cell::new(GuestOffset::ZERO),
             scanning_at: Cell::new(GuestOffset::ZERO),
         }
     }
 
-    /// Bytes to copy in all, as far as known. While the count is unfinished it stays ahead of [`Progress::offset`], so that
-    /// nobody takes a job for finished that is not.
+    /// Bytes to copy in all, as far as known. While the count is unfinished it stays a cluster ahead of
+    /// [`Progress::offset`], so that nobody takes a job for finished that is not.
     pub(crate) fn len(&self) -> u64 {
         let ahead = if self.counted.get() { 0 } else { self.offset() + self.unit };
-        let len = self.len.get().max(ahead).max(self.told.get());
-        self.told.set(len);
-        len
+        self.len.get().max(ahead)
     }
 
     /// As [`Progress::len`], at a job's end: no more than is known.
     pub(crate) fn final_len(&self) -> u64 {
-        self.len.get().max(self.told.get())
+        self.len.get()
     }
 
     /// Bytes done.
@@ -137,7 +132,6 @@ impl Progress {
     /// The job has dealt with the whole disk.
     pub(crate) fn finished(&self) {
         self.counted.set(true);
-        self.len.set(self.final_len());
         self.offset.set(self.len.get());
     }
 
@@ -224,9 +218,9 @@ mod tests {
         progress.passed(GuestOffset(0));
         progress.finished();
         assert_eq!((progress.final_len(), progress.offset()), (0, 0));
-        let told = Progress::new(u64::MAX, 65536);
-        let len = told.len();
-        told.finished();
-        assert_eq!((told.final_len(), told.offset()), (len, len), "what was told once is never taken back");
+        let huge = Progress::new(u64::MAX, 65536);
+        assert_eq!((huge.len(), huge.offset()), (65536, 0));
+        huge.finished();
+        assert_eq!((huge.len(), huge.offset()), (0, 0));
     }
 }

@@ -51,7 +51,7 @@ pub struct JobInfo {
     pub kind: &'static str,
     /// The disk it works on.
     pub device: String,
-    /// Bytes to copy in all, as far as known; never less than before.
+    /// Bytes to copy in all, as far as known: it grows while the job still counts, a cluster ahead of what is done.
     pub len: u64,
     /// Bytes copied; never more than `len`, never less than before.
     pub offset: u64,

@@ -37,13 +37,13 @@ fn by_hand_it_waits_for_finalize_and_dismiss() {
         let target = Sketch::new(2);
         world.start(&target, |start| (start.auto_finalize, start.auto_dismiss) = (false, false)).unwrap();
         world.until(Some(Status::Pending)).await;
-        ring::sleep(Duration::from_secs(60)).await;
+        ring::sleep(Duration::from_mins(1)).await;
         assert_eq!(world.told(), ["created", "running", "waiting", "pending", "PENDING"]);
         assert!(!target.finished.get(), "nothing is published before its time");
         world.jobs.finalize("j").unwrap();
         assert_eq!(world.jobs.finalize("j").unwrap_err().kind, JobErrorKind::WrongState, "once is enough");
         world.until(Some(Status::Concluded)).await;
-        ring::sleep(Duration::from_secs(60)).await;
+        ring::sleep(Duration::from_mins(1)).await;
         assert_eq!(world.info().error, None);
         world.jobs.dismiss("j").unwrap();
         assert_eq!(world.told()[5..], ["COMPLETED", "concluded", "null"]);

@@ -97,7 +97,7 @@ fn a_crawling_job_wakes_up_when_it_may_run() {
     sims(async |world| {
         let target = Sketch::new(100);
         world.start(&target, |start| start.speed = 1).unwrap();
-        ring::sleep(Duration::from_secs(3600)).await;
+        ring::sleep(Duration::from_hours(1)).await;
         assert_eq!(target.begun.borrow().len(), 1, "a cluster lasts for hours");
         let asked = ring::now();
         world.jobs.set_speed("j", 100 * MIB).unwrap();

@@ -19,7 +19,7 @@ fn it_never_runs_backwards_and_is_equal_at_the_end_only() {
         let (mut len, mut offset) = (0, 0);
         let mut guest = 0;
         while let Some(info) = world.jobs.info("j") {
-            assert!(info.len >= len && info.offset >= offset, "{info:?} after {len} {offset}");
+            assert!(info.len + CLUSTER >= len && info.offset >= offset, "{info:?} after {len} {offset}");
             assert!(info.offset < info.len, "not finished: {info:?}");
             (len, offset) = (info.len, info.offset);
             guest = (guest * 31 + 7) % 8190;
@@ -28,7 +28,7 @@ fn it_never_runs_backwards_and_is_equal_at_the_end_only() {
         }
         let last = world.last_progress();
         assert_eq!(last.0, last.1);
-        assert!(last.0 <= missing + CLUSTER, "only what must be copied: {} of {missing}", last.0);
+        assert!(last.0 <= missing, "only what must be copied: {} of {missing}", last.0);
         assert!(target.finished.get());
     });
 }
