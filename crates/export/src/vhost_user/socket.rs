@@ -21,6 +21,11 @@ impl Socket {
                 std::fs::remove_file(path)?;
                 UnixListener::bind(path)?
             }
+            Err(error) if error.kind() == ErrorKind::AddrInUse => {
+                let why = "the address is in use by another process, or by a file that is no socket; \
+                           end that process, remove the file, or choose another path";
+                return Err(io::Error::new(ErrorKind::AddrInUse, why));
+            }
             bound => bound?,
         };
         let made = rustix::fs::lstat(path)?;
