@@ -431,3 +431,86 @@ impl FileStore {
         Ok(())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use ring::{Config, Ring};
+    use std::fs::File as SystemFile;
+
+    /// A store whose descriptor is `file`, which opening would have refused.
+    async fn over(file: SystemFile, options: OpenOptions) -> Rc<FileStore> {
+        let image = tempfile::NamedTempFile::new().unwrap();
+        let store = FileStore::open(image.path(), options).await.unwrap();
+        let fd = Arc::new(OwnedFd::from(file.try_clone().unwrap()));
+        store.open.replace(Some(Rc::new(Open { file: File::new(file.into()), twin: None, fd })));
+        store
+    }
+
+    fn on_ring(test: impl Future<Output = ()>) {
+        Ring::new(Config::default()).unwrap().block_on(test);
+    }
+
+    #[test]
+    fn a_failed_flush_is_the_last_thing_written() {
+        on_ring(async {
+            // What cannot be synchronised: a pipe.
+            let (pipe, _other_end) = rustix::pipe::pipe().unwrap();
+            let store = over(pipe.into(), OpenOptions::default()).await;
+            let first = store.flush().await.unwrap_err();
+            assert_eq!(
+                (first.kind(), first.operation(), first.errno()),
+                (ErrorKind::Io, Operation::Flush, libc::EINVAL)
+            );
+            let range = HostRange::new(HostOffset(0), 1);
+            for result in [
+                store.flush().await,
+                store.write(HostOffset(0), Iov::zeroed(1), false).await,
+                store.zero(range, ZeroMode::default()).await,
+                store.set_size(1).await,
+                store.allocate(range).await,
+            ] {
+                let error = result.unwrap_err();
+                assert_eq!((error.kind(), error.errno()), (ErrorKind::Poisoned, libc::EINVAL));
+                assert!(error.to_string().contains(&first.to_string()), "{error}");
+            }
+            store.read(HostOffset(0), Iov::alloc(1)).await.unwrap();
+        });
+    }
+
+    #[test]
+    fn without_flushes_none_fails() {
+        on_ring(async {
+            let (pipe, _other_end) = rustix::pipe::pipe().unwrap();
+            let store = over(pipe.into(), OpenOptions { no_flush: true, ..OpenOptions::default() }).await;
+            store.flush().await.unwrap();
+        });
+    }
+
+    #[test]
+    fn a_full_disk_fails_writes_and_poisons_nothing() {
+        on_ring(async {
+            let full = SystemFile::options().read(true).write(true).open("/dev/full").unwrap();
+            let store = over(full, OpenOptions::default()).await;
+            for fua in [false, true] {
+                let error = store.write(HostOffset(0), Iov::zeroed(10), fua).await.unwrap_err();
+                assert_eq!(error.kind(), ErrorKind::NoSpace);
+            }
+            assert!(store.poison.borrow().is_none());
+            assert_eq!(store.size(), 0);
+        });
+    }
+
+    #[test]
+    fn a_durable_write_that_fails_otherwise_poisons() {
+        on_ring(async {
+            let unwritable = SystemFile::open("/dev/null").unwrap();
+            let store = over(unwritable, OpenOptions::default()).await;
+            store.write(HostOffset(0), Iov::zeroed(1), false).await.unwrap_err();
+            assert!(store.poison.borrow().is_none(), "a write that fails is just a failed write");
+            store.write(HostOffset(0), Iov::zeroed(1), true).await.unwrap_err();
+            let error = store.write(HostOffset(0), Iov::zeroed(1), false).await.unwrap_err();
+            assert_eq!(error.kind(), ErrorKind::Poisoned);
+        });
+    }
+}

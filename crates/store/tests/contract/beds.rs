@@ -31,7 +31,12 @@ pub(crate) async fn new_file(folder: &Path, direct: bool) -> Option<Rc<FileStore
 
 /// Runs `test` on an empty store of every kind; under the simulation with several seeds.
 pub(crate) fn on_every_store(test: impl AsyncFn(Rc<dyn Store>)) {
-    for seed in 0..8 {
+    on_every_store_with(8, test);
+}
+
+/// [`on_every_store`] with as many seeds.
+pub(crate) fn on_every_store_with(seeds: u64, test: impl AsyncFn(Rc<dyn Store>)) {
+    for seed in 0..seeds {
         let sim = Sim::new(seed);
         sim.block_on(test(MemoryStore::new("memory", 0)));
         sim.block_on(test(FaultStore::new(MemoryStore::new("fault", 0), seed)));

@@ -1,6 +1,6 @@
 //! Random operations, unaligned to everything, several at a time, against a model of plain bytes.
 
-use crate::beds::on_every_store;
+use crate::beds::on_every_store_with;
 use crate::suite::{askew, pattern, range, read, scattered};
 use layout::HostOffset;
 use proptest::prelude::*;
@@ -127,11 +127,11 @@ fn steps(operations: Vec<Operation>) -> Vec<Step> {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 24, failure_persistence: None, ..ProptestConfig::default() })]
+    #![proptest_config(ProptestConfig { cases: 16, failure_persistence: None, ..ProptestConfig::default() })]
     #[test]
     fn every_store_is_plain_bytes(operations in prop::collection::vec(operation(), 1..60)) {
         let steps = steps(operations);
-        on_every_store(async |store| {
+        on_every_store_with(2, async |store| {
             let mut model = Rc::new(Vec::new());
             for step in &steps {
                 let tasks: Vec<_> = step
