@@ -207,3 +207,88 @@ impl FileStore {
         transfer::write(twin, tail.start().get(), &part_of(from, range, tail), dsync, 1).await
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::open::{self, Alignment};
+    use super::super::{Locking, OpenOptions};
+    use super::*;
+    use crate::{Store, ZeroMode};
+    use ring::{Config, Ring};
+    use std::rc::Rc;
+
+    /// A new file of which more alignment is asked than it needs; `None` where there is no way past the page cache.
+    fn demanding(path: &std::path::Path, offset: u64, memory: usize) -> Option<Rc<FileStore>> {
+        let options = OpenOptions { direct: true, locking: Locking::Off, ..OpenOptions::default() };
+        let mut opened = open::open(path, &options, true).ok()?;
+        let Alignment { offset: needs, memory: memory_needs, .. } = opened.alignment;
+        if offset < needs || memory < memory_needs {
+            return None;
+        }
+        opened.alignment = Alignment { offset, memory, cached: offset.max(4096) };
+        FileStore::assemble("image".to_owned(), options, opened).ok()
+    }
+
+    #[test]
+    fn coarse_blocks_and_coarse_memory_lose_no_byte() {
+        const SPAN: u64 = 200_000;
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("image");
+        for (offset, memory) in [(512, 512), (4096, 512), (4096, 4096), (16_384, 4096)] {
+            Ring::new(Config::default()).unwrap().block_on(async {
+                let Some(store) = demanding(&path, offset, memory) else {
+                    eprintln!("skipped {offset}, {memory}: this file system wants more, or cannot");
+                    return;
+                };
+                let mut model: Vec<u8> = Vec::new();
+                let mut random = offset + memory as u64;
+                let mut draw = |below: u64| {
+                    random = random.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+                    (random >> 33) % below
+                };
+                for round in 0..300_u64 {
+                    // Four neighbours at a time, which share their blocks.
+                    let mut tasks = Vec::new();
+                    let mut at = draw(SPAN / 2);
+                    for part in 0..4 {
+                        let len = [1, 100, offset, 5000, 3 * offset + 1, 70_000][draw(6) as usize];
+                        let range = HostRange::new(HostOffset(at), len);
+                        let byte = (round * 4 + part) as u8;
+                        let end = range.end().get() as usize;
+                        model.resize(model.len().max(end), 0);
+                        let zeroed = draw(5) == 0;
+                        model[at as usize..end].fill(if zeroed { 0 } else { byte });
+                        let (skip, store) = (draw(3) as usize, Rc::clone(&store));
+                        tasks.push(ring::spawn(async move {
+                            if zeroed {
+                                return store.zero(range, ZeroMode { unmap: byte % 2 == 0 }).await;
+                            }
+                            let from = Iov::alloc(len as usize + skip).slice(skip..len as usize + skip);
+                            from.fill(byte);
+                            store.write(range.start(), from, false).await
+                        }));
+                        at += len;
+                    }
+                    for task in tasks {
+                        task.await.unwrap();
+                    }
+                    if draw(20) == 0 {
+                        let size = draw(SPAN);
+                        store.set_size(size).await.unwrap();
+                        model.resize(size as usize, 0);
+                    }
+                    assert_eq!(store.size(), model.len() as u64);
+                    let start = draw(model.len() as u64 + 1) as usize;
+                    let into = Iov::alloc(model.len() - start + 100);
+                    store.read(HostOffset(start as u64), into.clone()).await.unwrap();
+                    let read = into.to_vec();
+                    let (bytes, past) = read.split_at(model.len() - start);
+                    assert!(bytes == &model[start..], "round {round}, from {start}");
+                    assert!(past.iter().all(|byte| *byte == 0));
+                }
+                store.close().await.unwrap();
+                assert!(std::fs::read(&path).unwrap() == model, "others see the same");
+            });
+        }
+    }
+}

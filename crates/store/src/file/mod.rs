@@ -124,8 +124,12 @@ impl FileStore {
     async fn obtain(path: &Path, options: OpenOptions, create: bool) -> Result<Rc<Self>> {
         let name = path.display().to_string();
         let (owned, how) = (path.to_owned(), options.clone());
-        let Opened { fd, twin, size, block_device, alignment } =
-            ring::unblock(move || open::open(&owned, &how, create)).await?;
+        let opened = ring::unblock(move || open::open(&owned, &how, create)).await?;
+        Self::assemble(name, options, opened)
+    }
+
+    fn assemble(name: String, options: OpenOptions, opened: Opened) -> Result<Rc<Self>> {
+        let Opened { fd, twin, size, block_device, alignment } = opened;
         let again = fd.try_clone().map_err(|error| Error::from_io(Operation::Open, &name, None, error))?;
         let open = Open { file: File::new(fd), twin: twin.map(File::new), fd: Arc::new(again) };
         open.file.register();

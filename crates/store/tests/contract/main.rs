@@ -4,6 +4,7 @@
 extern crate headwater_store as store;
 
 mod beds;
+mod device;
 mod file;
 mod locks;
 mod model;
