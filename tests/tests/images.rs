@@ -236,7 +236,7 @@ fn data_runs(map: &str) -> Result<Vec<(u64, u64, u64, u64)>> {
         let next = (number(run, "start"), number(run, "length"), number(run, "depth"), number(run, "offset"));
         match merged.last_mut() {
             Some(last) if last.0 + last.1 == next.0 && last.2 == next.2 && last.3 + last.1 == next.3 => {
-                last.1 += next.1
+                last.1 += next.1;
             }
             _ => merged.push(next),
         }

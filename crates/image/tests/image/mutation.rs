@@ -364,7 +364,7 @@ mod smoke {
         for round in 0..2000 {
             let mut state = round;
             let mut bytes = sound[..if round % 3 == 0 { 64 + round as usize % 64 } else { sound.len() }].to_vec();
-            for _ in 0..random(&mut state) % 4 + 1 {
+            for _ in 0..=(random(&mut state) % 4) {
                 let at = random(&mut state) as usize % HEADER_BYTES;
                 bytes[at] = random(&mut state) as u8;
             }

@@ -151,7 +151,7 @@ fn what_their_tool_writes_we_read_and_check_alike() {
             // Reading, then going on where they stopped.
             let guest = Guest::new(subject(cluster, table).open(store.clone()).await.unwrap(), &[]);
             assert!(guest.read_all().await.unwrap() == model);
-            guest.write(10 << 20, &[0xab; 3_000_000]).await.unwrap();
+            guest.write(10 << 20, &vec![0xab; 3_000_000]).await.unwrap();
             guest.image.close().await.unwrap();
             std::fs::write(folder.join("t.qed"), store.to_vec()).unwrap();
         });
@@ -319,9 +319,9 @@ fn what_a_kill_leaves_they_open() {
         let subject = subject(65536, 4);
         subject.create(store.clone(), 1 << 30, None).await;
         let guest = Guest::new(subject.open(store.clone()).await.unwrap(), &[]);
-        guest.write(100, &[1; 200_000]).await.unwrap();
+        guest.write(100, &vec![1; 200_000]).await.unwrap();
         guest.image.commit().await.unwrap();
-        guest.write(400 << 20, &[2; 200_000]).await.unwrap();
+        guest.write(400 << 20, &vec![2; 200_000]).await.unwrap();
         store.to_vec()
     });
     std::fs::write(folder.join("k.qed"), left).unwrap();
