@@ -4,6 +4,7 @@
 extern crate headwater_image as image;
 
 mod basics;
+mod crash;
 mod guest;
 mod model;
 mod mutation;
