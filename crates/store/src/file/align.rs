@@ -261,7 +261,7 @@ mod tests {
                         let (skip, store) = (draw(3) as usize, Rc::clone(&store));
                         tasks.push(ring::spawn(async move {
                             if zeroed {
-                                return store.zero(range, ZeroMode { unmap: byte % 2 == 0 }).await;
+                                return store.zero(range, ZeroMode { unmap: byte.is_multiple_of(2) }).await;
                             }
                             let from = Iov::alloc(len as usize + skip).slice(skip..len as usize + skip);
                             from.fill(byte);
