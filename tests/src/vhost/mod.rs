@@ -1,7 +1,7 @@
 //! A vhost-user-blk front-end: a guest's virtio-blk driver without the guest.
 //!
 //! It plays QEMU's part (negotiation, memory table, vrings) by the `vhost` crate and the guest's part (descriptors, requests, notifications)
-//! by [`Ring`], over memory that is only ever touched through `vm-memory`'s volatile accesses. Requests go out as asked,
+//! by `Ring`, over memory that is only ever touched through `vm-memory`'s volatile accesses. Requests go out as asked,
 //! so that a server can also be asked for what it must refuse.
 
 mod ring;
