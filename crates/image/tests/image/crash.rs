@@ -259,10 +259,12 @@ fn note_cuts<T: Clone + 'static>(
     let cuts = Rc::new(RefCell::new(Vec::new()));
     let (noted, weak) = (cuts.clone(), Rc::downgrade(fault));
     let note = Match::any().when(move |request| {
-        if request.operation != Operation::Read && request.operation != Operation::Extent && share(request) {
-            if let Some(cut) = weak.upgrade().and_then(|fault| fault.power_cut()) {
-                noted.borrow_mut().push((cut, known.borrow().clone()));
-            }
+        let changes = !matches!(request.operation, Operation::Read | Operation::Extent);
+        if changes
+            && share(request)
+            && let Some(cut) = weak.upgrade().and_then(|fault| fault.power_cut())
+        {
+            noted.borrow_mut().push((cut, known.borrow().clone()));
         }
         false
     });

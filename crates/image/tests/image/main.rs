@@ -5,9 +5,12 @@ extern crate headwater_image as image;
 
 mod basics;
 mod crash;
+mod faults;
 mod guest;
+mod hostile;
 mod model;
 mod mutation;
 mod pressure;
+mod raw;
 mod reference;
 mod subject;
