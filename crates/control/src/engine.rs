@@ -10,11 +10,14 @@ use std::io;
 use std::path::PathBuf;
 use std::rc::Rc;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use tokio::sync::{mpsc, watch};
 
 /// Events that may wait for one subscriber; one that lets more pile up is cut off rather than served with gaps.
 const EVENTS_WAITING: usize = 4096;
+
+/// How long the end waits for clients of monitors to take the last events.
+const FAREWELL: Duration = Duration::from_secs(2);
 
 /// How to start.
 #[derive(Clone, Debug)]
@@ -54,7 +57,29 @@ struct Inner {
     /// Device name and shard index, in the order they came.
     placed: Mutex<Vec<(String, usize)>>,
     subscribers: Arc<Mutex<Vec<mpsc::Sender<Stamped>>>>,
-    quit: watch::Sender<bool>,
+    ending: watch::Sender<Option<Ending>>,
+    /// How many clients of monitors there are.
+    monitors: watch::Sender<usize>,
+}
+
+/// Why the process ends, as QMP's `SHUTDOWN` gives it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Ending {
+    /// Somebody at a monitor asked for it.
+    HostQmpQuit,
+    /// The host did: a signal, or a start that failed.
+    HostSignal,
+}
+
+/// A client of a monitor, until dropped: the shutdown lets it hear the last events.
+pub(crate) struct AtMonitor {
+    engine: Engine,
+}
+
+impl Drop for AtMonitor {
+    fn drop(&mut self) {
+        self.engine.inner.monitors.send_modify(|clients| *clients -= 1);
+    }
 }
 
 fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -83,7 +108,8 @@ impl Engine {
                 shards: Mutex::new(shards),
                 placed: Mutex::default(),
                 subscribers,
-                quit: watch::Sender::new(false),
+                ending: watch::Sender::new(None),
+                monitors: watch::Sender::new(0),
             }),
         })
     }
@@ -179,18 +205,37 @@ impl Engine {
 
     /// Asks the process to end (QMP's `quit`).
     pub fn request_quit(&self) {
-        self.inner.quit.send_replace(true);
+        self.end(Ending::HostQmpQuit);
+    }
+
+    /// The first reason counts.
+    fn end(&self, why: Ending) {
+        self.inner.ending.send_if_modified(|ending| ending.replace(ending.unwrap_or(why)).is_none());
     }
 
     /// Waits until somebody has asked the process to end.
     pub async fn quit_requested(&self) {
-        let mut quit = self.inner.quit.subscribe();
-        // The sender lives in `self`, so this cannot end early.
-        let _ = quit.wait_for(|asked| *asked).await;
+        self.ending().await;
     }
 
-    /// Ends exports, jobs and disks, then the shards. The first failure is reported; everything is closed all the same.
+    /// Waits until the end has begun, whoever wanted it.
+    pub(crate) async fn ending(&self) -> Ending {
+        let mut ending = self.inner.ending.subscribe();
+        // The sender lives in `self`, so this cannot end early; were it to, the process is past all monitors.
+        let seen = ending.wait_for(Option::is_some).await.map(|why| *why);
+        seen.ok().flatten().unwrap_or(Ending::HostSignal)
+    }
+
+    /// Counts a client of a monitor.
+    pub(crate) fn at_monitor(&self) -> AtMonitor {
+        self.inner.monitors.send_modify(|clients| *clients += 1);
+        AtMonitor { engine: self.clone() }
+    }
+
+    /// Ends exports, jobs and disks, then the shards; at last the monitors' clients, who have a moment to hear of it all.
+    /// The first failure is reported; everything is closed all the same. Needs tokio's timers.
     pub async fn shut_down(&self) -> Result<(), Failure> {
+        self.end(Ending::HostSignal);
         let mut outcome = Ok(());
         for index in 0..self.inner.handles.len() {
             let ended = self.run(index, |state| async move { state.shut_down().await }).await;
@@ -202,6 +247,8 @@ impl Engine {
             shard.stop();
         }
         locked(&self.inner.subscribers).clear();
+        let mut monitors = self.inner.monitors.subscribe();
+        let _ = tokio::time::timeout(FAREWELL, monitors.wait_for(|clients| *clients == 0)).await;
         outcome
     }
 

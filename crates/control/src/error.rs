@@ -12,6 +12,8 @@ pub enum ErrorClass {
     CommandNotFound,
     /// No such device or node (2011's commands only).
     DeviceNotFound,
+    /// The device has a job already, or the job is being cancelled already (2011's commands only).
+    DeviceInUse,
     /// The device has no job (2011's `block_job_*` on an idle device).
     DeviceNotActive,
 }
@@ -23,6 +25,7 @@ impl ErrorClass {
             Self::GenericError => "GenericError",
             Self::CommandNotFound => "CommandNotFound",
             Self::DeviceNotFound => "DeviceNotFound",
+            Self::DeviceInUse => "DeviceInUse",
             Self::DeviceNotActive => "DeviceNotActive",
         }
     }

@@ -12,7 +12,7 @@ pub mod shard;
 mod socket;
 pub mod spec;
 
-pub use engine::{Engine, EngineConfig, Stamped};
+pub use engine::{Ending, Engine, EngineConfig, Stamped};
 pub use error::{ErrorClass, Failure};
 pub use shard::{Device, ShardState};
 pub use spec::{CacheMode, DiskSpec};

@@ -98,6 +98,7 @@ impl Life {
             speed: self.pace.rate(),
             busy: status == Status::Running || self.publishing.get() && !over,
             paused: self.paused.get(),
+            cancelling: self.cancelled.get() && !over,
             ready: false,
             status,
             io_status: self.io_status.get(),

@@ -61,6 +61,8 @@ pub struct JobInfo {
     pub busy: bool,
     /// Whether a user or an error has paused it.
     pub paused: bool,
+    /// Whether it was asked to stop and has not ended yet.
+    pub cancelling: bool,
     /// Whether it can be completed by hand (never for a stream).
     pub ready: bool,
     /// Its status.

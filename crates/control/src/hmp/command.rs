@@ -15,13 +15,20 @@ struct Command {
     most: usize,
 }
 
-const COMMANDS: [Command; 8] = [
+const COMMANDS: [Command; 9] = [
     Command {
         names: &["block_job_cancel"],
         takes: "[-f] device",
         purpose: "stop an active background block operation (use -f if you want to abort the operation immediately)",
         first: Some("block device name expected"),
         most: 2,
+    },
+    Command {
+        names: &["block_job_complete"],
+        takes: "device",
+        purpose: "stop an active background block operation",
+        first: Some("block device name expected"),
+        most: 1,
     },
     Command {
         names: &["block_job_pause"],
@@ -59,7 +66,7 @@ const COMMANDS: [Command; 8] = [
         first: None,
         most: 2,
     },
-    Command { names: &["quit", "q"], takes: "", purpose: "quit the emulator", first: None, most: 0 },
+    Command { names: &["quit", "q"], takes: "", purpose: "end Headwater", first: None, most: 0 },
 ];
 
 /// What `info` shows.
@@ -68,7 +75,7 @@ const SUBJECTS: [(&str, &str, &str); 5] = [
     ("block-jobs", "", "show progress of ongoing block device operations"),
     ("blockstats", "", "show block device statistics"),
     ("status", "", "show the current VM status (running|paused)"),
-    ("version", "", "show the version of QEMU"),
+    ("version", "", "show the version of Headwater, and of the QEMU it follows"),
 ];
 
 /// Runs a line; what it answers ends with a line end, or is empty.
@@ -82,7 +89,8 @@ pub(crate) async fn answer(engine: &Engine, line: &str) -> String {
         return format!("unknown command: '{name}'\n");
     };
     let name = command.names[0];
-    let try_help = |mistake: String| format!("{mistake}\nTry \"help {name}\" for more information\n");
+    let topic = arguments.first().filter(|_| name == "info").map_or_else(|| name.into(), |of| format!("info {of}"));
+    let try_help = |mistake: String| format!("{mistake}\nTry \"help {topic}\" for more information\n");
     if arguments.len() > command.most {
         return try_help(format!("{name}: extraneous characters at the end of line"));
     }
@@ -127,6 +135,7 @@ async fn run(engine: &Engine, name: &str, arguments: &[String]) -> Result<String
             qmp::block_job(engine, word(0), move |jobs, id| jobs.set_speed(id, speed)).await.map(drop)
         }
         "block_job_pause" => qmp::block_job(engine, word(0), |jobs, id| jobs.pause(id)).await.map(drop),
+        "block_job_complete" => qmp::block_job(engine, word(0), |jobs, id| jobs.complete(id)).await.map(drop),
         "block_job_resume" => qmp::block_job(engine, word(0), |jobs, id| jobs.resume(id)).await.map(drop),
         "block_job_cancel" => {
             let force = word(0) == "-f";
@@ -136,7 +145,9 @@ async fn run(engine: &Engine, name: &str, arguments: &[String]) -> Result<String
             if arguments.len() > 1 + usize::from(force) {
                 return Err(Refused::Usage(format!("{name}: extraneous characters at the end of line")));
             }
-            qmp::cancel_job(engine, word(usize::from(force)), force).await.map(drop)
+            let id = arguments.get(usize::from(force)).cloned();
+            let id = id.ok_or_else(|| Refused::Usage(format!("{name}: block device name expected")))?;
+            qmp::block_job(engine, id, move |jobs, id| jobs.cancel(id, force)).await.map(drop)
         }
         _ => Ok(()),
     };
@@ -173,6 +184,9 @@ async fn info(engine: &Engine, arguments: &[String]) -> Result<String, Refused> 
         return Err(Refused::Usage(format!("{subject}: extraneous characters at the end of line")));
     }
     match subject.as_str() {
+        "block" if device.is_some_and(|word| word.starts_with('-')) => {
+            Err(Refused::Usage(format!("{subject}: unsupported option {}", device.unwrap_or_default())))
+        }
         "block" => Ok(qmp::block_text(engine, device).await?),
         "block-jobs" => Ok(jobs_text(engine).await?),
         "blockstats" => Ok(qmp::stats_text(engine).await?),
@@ -210,7 +224,7 @@ fn help(name: &str, subject: &str) -> String {
     for command in COMMANDS.iter().filter(|command| name.is_empty() || command.names.contains(&name)) {
         line(&command.names.join("|"), command.takes, command.purpose);
     }
-    text
+    if text.is_empty() { format!("unknown command: '{name}'\n") } else { text }
 }
 
 /// Words, separated by space; double quotes keep a word together and know `\"` and `\\`.

@@ -61,11 +61,11 @@ impl Arguments {
         self.speed(name)?.ok_or_else(|| missing(name))
     }
 
-    /// One of some words, that may be left out.
-    pub(crate) fn word<T: Copy>(&mut self, name: &str, words: &[(&str, T)]) -> Result<Option<T>, Failure> {
+    /// A word that `known` knows, that may be left out.
+    pub(crate) fn word<T>(&mut self, name: &str, known: impl Fn(&str) -> Option<T>) -> Result<Option<T>, Failure> {
         let Some(text) = self.string(name)? else { return Ok(None) };
-        let found = words.iter().find(|(word, _)| *word == text).map(|(_, value)| *value);
-        found.map(Some).ok_or_else(|| Failure::generic(format!("Parameter '{name}' does not accept value '{text}'")))
+        let refused = || Failure::generic(format!("Parameter '{name}' does not accept value '{text}'"));
+        known(&text).map(Some).ok_or_else(refused)
     }
 
     /// Nothing may be left.

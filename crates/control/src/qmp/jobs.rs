@@ -1,15 +1,12 @@
 //! Commands on jobs: the API of 2011 with its underscores and its error classes, and today's names for the same.
 
 use super::arguments::Arguments;
-use super::event::status_name;
-use crate::{Engine, ErrorClass, Failure};
+use crate::{Device, Engine, ErrorClass, Failure, ShardState};
 use disk::StreamBase;
-use job::{IoStatus, JobError, JobErrorKind, JobInfo, Jobs, OnError, StreamOptions};
+use job::{JobError, JobInfo, Jobs, OnError, StreamOptions};
 use serde_json::{Value, json};
-
-/// The words of `on-error`.
-const ON_ERROR: [(&str, OnError); 4] =
-    [("report", OnError::Report), ("ignore", OnError::Ignore), ("stop", OnError::Stop), ("enospc", OnError::Enospc)];
+use std::future::ready;
+use std::rc::Rc;
 
 /// What to stream, in a form that can cross threads.
 #[derive(Clone, Debug)]
@@ -18,11 +15,20 @@ pub(crate) struct Stream {
     pub(crate) job_id: Option<String>,
     pub(crate) base: Option<String>,
     pub(crate) base_node: Option<String>,
+    pub(crate) bottom: Option<String>,
     pub(crate) backing_name: Option<String>,
     pub(crate) speed: u64,
     pub(crate) on_error: OnError,
     pub(crate) auto_finalize: bool,
     pub(crate) auto_dismiss: bool,
+}
+
+/// A node: which device's, and how far below its top.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Node {
+    name: String,
+    device: String,
+    depth: usize,
 }
 
 impl Stream {
@@ -33,6 +39,7 @@ impl Stream {
             job_id: None,
             base: None,
             base_node: None,
+            bottom: None,
             backing_name: None,
             speed: 0,
             on_error: OnError::Report,
@@ -43,91 +50,120 @@ impl Stream {
 
     /// Starts it.
     pub(crate) async fn start(self, engine: &Engine) -> Result<(), Failure> {
-        let device = self.device.clone();
-        if let Some(id) = &self.job_id {
-            check_id(id)?;
-            if engine.on_every_shard(jobs_named(id.clone())).await?.into_iter().any(|taken| taken) {
+        let together = [("base", &self.base), ("base-node", &self.base_node), ("bottom", &self.bottom)];
+        let mut given = together.iter().filter(|(_, value)| value.is_some()).map(|(name, _)| name);
+        if let (Some(first), Some(second)) = (given.next(), given.next()) {
+            // QEMU names `bottom` first.
+            let (first, second) = if *second == "bottom" { (second, first) } else { (first, second) };
+            return Err(Failure::generic(format!("'{first}' and '{second}' cannot be specified at the same time")));
+        }
+        let nodes = nodes(engine).await?;
+        let device = self.device_in(engine, &nodes)?;
+        if let Some(name) = self.base_node.as_ref().or(self.bottom.as_ref()) {
+            check_below(&nodes, name, &device, &self.device)?;
+        }
+        if let Some(id) = self.job_id.clone() {
+            let taken = move |shard: Rc<ShardState>| ready(Ok(shard.jobs().info(&id).is_some()));
+            if engine.on_every_shard(taken).await?.contains(&true) {
+                let id = self.job_id.unwrap_or_default();
                 return Err(Failure::generic(format!("Job ID '{id}' already in use")));
             }
         }
-        engine
-            .on_device(&device, move |device, shard| async move {
-                let disk = device.disk.clone();
-                let named = self.base.as_deref().map(|name| {
-                    disk.find_base(name)
-                        .ok_or_else(|| Failure::generic(format!("Can't find '{name}' in the backing chain")))
-                });
-                let by_node = self.base_node.as_deref().map(|node| {
-                    let below = disk.chain().iter().skip(1).any(|layer| layer.node == node);
-                    let base = below.then(|| StreamBase::Node(node.to_owned()));
-                    base.ok_or_else(|| {
-                        Failure::generic(format!("Node '{node}' is not a backing image of '{}'", device.spec.name))
-                    })
-                });
-                let base = match (named, by_node) {
-                    (Some(_), Some(_)) => {
-                        return Err(Failure::generic("'base' and 'base-node' cannot be specified at the same time"));
-                    }
-                    (Some(base), None) | (None, Some(base)) => base?,
-                    (None, None) => StreamBase::Nothing,
-                };
-                if self.backing_name.is_some() && base == StreamBase::Nothing {
-                    return Err(Failure::generic("backing file specified, but streaming the entire chain"));
-                }
-                let options = StreamOptions {
-                    id: self.job_id,
-                    disk,
-                    base,
-                    backing_name: self.backing_name,
-                    speed: self.speed,
-                    on_error: self.on_error,
-                    auto_finalize: self.auto_finalize,
-                    auto_dismiss: self.auto_dismiss,
-                };
-                shard.jobs().stream(options).map_err(Failure::from)
-            })
-            .await
+        engine.on_device(&device, |device, shard| ready(self.start_on(&device, &shard))).await
+    }
+
+    /// The device that is meant: by its name, or by the name of its top node.
+    fn device_in(&self, engine: &Engine, nodes: &[Node]) -> Result<String, Failure> {
+        if engine.devices().contains(&self.device) {
+            return Ok(self.device.clone());
+        }
+        match nodes.iter().find(|node| node.name == self.device) {
+            Some(node) if node.depth == 0 => Ok(node.device.clone()),
+            Some(node) => Err(Failure::generic(format!(
+                "Node '{}' lies below device '{}'; only the top of a chain can be streamed into",
+                node.name, node.device
+            ))),
+            None => Err(Failure::no_device(&self.device)),
+        }
+    }
+
+    fn start_on(self, device: &Device, shard: &ShardState) -> Result<(), Failure> {
+        let disk = device.disk.clone();
+        let chain = disk.chain();
+        let base = if let Some(name) = &self.base {
+            let found = disk.find_base(name);
+            found.ok_or_else(|| Failure::generic(format!("Can't find '{name}' in the backing chain")))?
+        } else if let Some(node) = self.base_node {
+            StreamBase::Node(node)
+        } else if let Some(bottom) = &self.bottom {
+            let at = chain.iter().position(|layer| layer.node == *bottom);
+            let below = at.and_then(|at| chain.get(at + 1));
+            below.map_or(StreamBase::Nothing, |layer| StreamBase::Node(layer.node.clone()))
+        } else {
+            StreamBase::Nothing
+        };
+        let options = StreamOptions {
+            id: self.job_id,
+            disk,
+            base,
+            backing_name: self.backing_name,
+            speed: self.speed,
+            on_error: self.on_error,
+            auto_finalize: self.auto_finalize,
+            auto_dismiss: self.auto_dismiss,
+        };
+        shard.jobs().stream(options).map_err(Failure::from)
     }
 }
 
-/// For [`Engine::on_every_shard`]: whether a job of this id is there.
-fn jobs_named(
-    id: String,
-) -> impl Fn(std::rc::Rc<crate::ShardState>) -> std::future::Ready<Result<bool, Failure>> + Send + Clone + 'static {
-    move |shard| std::future::ready(Ok(shard.jobs().info(&id).is_some()))
+/// Every node of every device.
+async fn nodes(engine: &Engine) -> Result<Vec<Node>, Failure> {
+    let shards = engine
+        .on_every_shard(|shard| {
+            let mut nodes = Vec::new();
+            for device in shard.devices() {
+                let named = |(depth, layer): (usize, &disk::Layer)| Node {
+                    name: layer.node.clone(),
+                    device: device.spec.name.clone(),
+                    depth,
+                };
+                nodes.extend(device.disk.chain().iter().enumerate().map(named));
+            }
+            ready(Ok(nodes))
+        })
+        .await?;
+    Ok(shards.into_iter().flatten().collect())
 }
 
-/// Identifiers begin with a letter and hold letters, digits and `-._`, as everywhere in QEMU. A default id, taken from the
-/// device's name, is not held to this.
-fn check_id(id: &str) -> Result<(), Failure> {
-    let fits = id.starts_with(|c: char| c.is_ascii_alphabetic())
-        && id.chars().all(|c| c.is_ascii_alphanumeric() || "-._".contains(c));
-    if fits { Ok(()) } else { Err(Failure::generic(format!("Invalid job ID '{id}'"))) }
+/// Whether node `name` lies below the top of `device` (which the user called `said`).
+fn check_below(nodes: &[Node], name: &str, device: &str, said: &str) -> Result<(), Failure> {
+    match nodes.iter().find(|node| node.name == name) {
+        None => Err(Failure::generic(format!("Cannot find device='' nor node-name='{name}'"))),
+        Some(node) if node.device == device && node.depth > 0 => Ok(()),
+        Some(_) => Err(Failure::generic(format!("Node '{name}' is not a backing image of '{said}'"))),
+    }
 }
 
 /// `block-stream`.
 pub(crate) async fn block_stream(engine: &Engine, mut arguments: Arguments) -> Result<Value, Failure> {
-    let job_id = arguments.string("job-id")?;
-    let device = arguments.needed_string("device")?;
     let stream = Stream {
-        job_id,
+        job_id: arguments.string("job-id")?,
+        device: arguments.needed_string("device")?,
         base: arguments.string("base")?,
         base_node: arguments.string("base-node")?,
         backing_name: arguments.string("backing-file")?,
+        bottom: arguments.string("bottom")?,
         speed: arguments.speed("speed")?.unwrap_or(0),
-        on_error: arguments.word("on-error", &ON_ERROR)?.unwrap_or_default(),
+        on_error: arguments.word("on-error", OnError::from_name)?.unwrap_or_default(),
         auto_finalize: arguments.boolean("auto-finalize")?.unwrap_or(true),
         auto_dismiss: arguments.boolean("auto-dismiss")?.unwrap_or(true),
-        device: device.clone(),
     };
-    for unserved in ["bottom", "filter-node-name", "snapshot-node-name"] {
-        if arguments.string(unserved)?.is_some() {
-            return Err(Failure::generic(format!(
-                "Parameter '{unserved}' is not supported by this Headwater: name the layer to stop at with 'base' or 'base-node'"
-            )));
-        }
-    }
+    // A protocol is never masked here: what is recorded is the name as it was.
     arguments.boolean("backing-mask-protocol")?;
+    if arguments.string("filter-node-name")?.is_some() {
+        let why = "Parameter 'filter-node-name' is not supported: a stream puts no filter node into the chain here";
+        return Err(Failure::generic(why));
+    }
     arguments.end()?;
     stream.start(engine).await?;
     Ok(json!({}))
@@ -139,50 +175,44 @@ pub(crate) async fn block_stream_2011(engine: &Engine, mut arguments: Arguments)
     let base = arguments.string("base")?;
     arguments.end()?;
     let stream = Stream { base, ..Stream::of(device.clone()) };
-    stream.start(engine).await.map_err(|failure| as_in_2011(failure, engine, &device))?;
-    Ok(json!({}))
+    let Err(failure) = stream.start(engine).await else { return Ok(json!({})) };
+    // That API had classes of its own for a device that is not there and for one that is streamed into already.
+    let class = if failure == Failure::no_device(&device) {
+        ErrorClass::DeviceNotFound
+    } else if all(engine).await?.iter().any(|job| job.device == device) {
+        ErrorClass::DeviceInUse
+    } else {
+        failure.class
+    };
+    Err(Failure { class, ..failure })
 }
 
-/// The error classes of the first streaming API: an unknown device has one of its own.
-fn as_in_2011(failure: Failure, engine: &Engine, device: &str) -> Failure {
-    let known = engine.devices().iter().any(|name| name == device);
-    if known { failure } else { Failure { class: ErrorClass::DeviceNotFound, ..failure } }
-}
-
-/// 2011's `block_job_set_speed {device, value}`.
-pub(crate) async fn set_speed_2011(engine: &Engine, mut arguments: Arguments) -> Result<Value, Failure> {
+/// `block-job-set-speed {device, speed}`, and 2011's `block_job_set_speed {device, value}`.
+pub(crate) async fn set_speed(engine: &Engine, mut arguments: Arguments, speed: &str) -> Result<Value, Failure> {
     let id = arguments.needed_string("device")?;
-    let speed = arguments.needed_speed("value")?;
+    let speed = arguments.needed_speed(speed)?;
     arguments.end()?;
     block_job(engine, id, move |jobs, id| jobs.set_speed(id, speed)).await
 }
 
-/// `block-job-set-speed`.
-pub(crate) async fn set_speed(engine: &Engine, mut arguments: Arguments) -> Result<Value, Failure> {
-    let id = arguments.needed_string("device")?;
-    let speed = arguments.needed_speed("speed")?;
-    arguments.end()?;
-    block_job(engine, id, move |jobs, id| jobs.set_speed(id, speed)).await
-}
-
-/// `block-job-cancel`, and 2011's `block_job_cancel {device}`.
+/// `block-job-cancel`.
 pub(crate) async fn cancel(engine: &Engine, mut arguments: Arguments) -> Result<Value, Failure> {
     let id = arguments.needed_string("device")?;
     let force = arguments.boolean("force")?.unwrap_or(false);
     arguments.end()?;
-    cancel_job(engine, id, force).await
+    block_job(engine, id, move |jobs, id| jobs.cancel(id, force)).await
 }
 
-/// Cancels by id, for both monitors.
-pub(crate) async fn cancel_job(engine: &Engine, id: String, force: bool) -> Result<Value, Failure> {
-    block_job(engine, id, move |jobs, id| match jobs.info(id) {
-        Some(info) if info.paused && !force => Err(JobError {
-            kind: JobErrorKind::WrongState,
-            message: format!("The block job for device '{id}' is currently paused"),
-        }),
-        _ => jobs.cancel(id, force),
-    })
-    .await
+/// 2011's `block_job_cancel {device}`: nothing is paused there, and nothing is cancelled twice.
+pub(crate) async fn cancel_2011(engine: &Engine, mut arguments: Arguments) -> Result<Value, Failure> {
+    let id = arguments.needed_string("device")?;
+    arguments.end()?;
+    let cancelling = all(engine).await?.iter().any(|job| job.id == id && job.cancelling);
+    if cancelling {
+        let desc = format!("Block job '{id}' is being cancelled already");
+        return Err(Failure { class: ErrorClass::DeviceInUse, desc });
+    }
+    block_job(engine, id, |jobs, id| jobs.cancel(id, true)).await
 }
 
 /// What a plain verb does to a job.
@@ -228,7 +258,7 @@ pub(crate) async fn block_job(
     let tried = engine
         .on_every_shard(move |shard| {
             let found = shard.jobs().info(&id).map(|_| verb(shard.jobs(), &id));
-            std::future::ready(Ok(found))
+            ready(Ok(found))
         })
         .await?;
     match tried.into_iter().flatten().next() {
@@ -239,7 +269,7 @@ pub(crate) async fn block_job(
 
 /// Every job there is.
 pub(crate) async fn all(engine: &Engine) -> Result<Vec<JobInfo>, Failure> {
-    let shards = engine.on_every_shard(|shard| std::future::ready(Ok(shard.jobs().list()))).await?;
+    let shards = engine.on_every_shard(|shard| ready(Ok(shard.jobs().list()))).await?;
     Ok(shards.into_iter().flatten().collect())
 }
 
@@ -247,15 +277,10 @@ pub(crate) async fn all(engine: &Engine) -> Result<Vec<JobInfo>, Failure> {
 pub(crate) async fn query_block_jobs(engine: &Engine, arguments: Arguments) -> Result<Value, Failure> {
     arguments.end()?;
     let jobs = all(engine).await?.into_iter().map(|job| {
-        let io_status = match job.io_status {
-            IoStatus::Ok => "ok",
-            IoStatus::Failed => "failed",
-            IoStatus::NoSpace => "nospace",
-        };
         let mut entry = json!({
             "type": job.kind, "device": job.id, "len": job.len, "offset": job.offset, "speed": job.speed,
-            "busy": job.busy, "paused": job.paused, "ready": job.ready, "io-status": io_status,
-            "status": status_name(job.status), "auto-finalize": job.auto_finalize, "auto-dismiss": job.auto_dismiss,
+            "busy": job.busy, "paused": job.paused, "ready": job.ready, "io-status": job.io_status.name(),
+            "status": job.status.name(), "auto-finalize": job.auto_finalize, "auto-dismiss": job.auto_dismiss,
         });
         if let Some(error) = job.error {
             entry["error"] = json!(error);
@@ -270,7 +295,7 @@ pub(crate) async fn query_jobs(engine: &Engine, arguments: Arguments) -> Result<
     arguments.end()?;
     let jobs = all(engine).await?.into_iter().map(|job| {
         let mut entry = json!({
-            "id": job.id, "type": job.kind, "status": status_name(job.status),
+            "id": job.id, "type": job.kind, "status": job.status.name(),
             "current-progress": job.offset, "total-progress": job.len,
         });
         if let Some(error) = job.error {

@@ -7,8 +7,9 @@
 
 use serde_json::{Map, Number, Value};
 
-/// A message may be this long, in bytes.
-const LONGEST: usize = 64 << 20;
+/// A message may be this long, in bytes: no command is anywhere near it, and all clients at once can make the server hold
+/// only so much.
+const LONGEST: usize = 4 << 20;
 
 /// Objects and arrays within each other.
 const DEEPEST: usize = 1024;
@@ -77,10 +78,14 @@ impl Framer {
     }
 
     fn in_string(&mut self, byte: u8, quote: u8) -> Option<Framed> {
-        if byte < 0x20 {
-            let said = String::from_utf8_lossy(&self.value).into_owned();
-            let tail: String = said.chars().rev().take(16).collect::<Vec<_>>().into_iter().rev().collect();
-            return Some(self.mistake(format!("JSON parse error, stray '{tail}{}'", char::from(byte))));
+        // Bytes that UTF-8 does not have end everything wherever they come: that is how a client that has lost the thread
+        // brings the server to a known state.
+        if byte < 0x20 || matches!(byte, 0xc0 | 0xc1 | 0xf5..) {
+            let tail = self.value.len().saturating_sub(16);
+            let said = String::from_utf8_lossy(&self.value[tail..]);
+            let stray = if byte.is_ascii() { char::from(byte) } else { char::REPLACEMENT_CHARACTER };
+            let text = format!("JSON parse error, stray '{said}{stray}'");
+            return Some(self.mistake(text));
         }
         self.value.push(byte);
         if self.escaped {

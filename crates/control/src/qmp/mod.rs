@@ -1,9 +1,10 @@
 //! QMP: the machine monitor protocol, JSON over a unix socket.
 //!
 //! # Invariants
-//! * A client harms only itself: what it sends is bounded ([`json`]), it is read only while its last command is answered, and one
-//!   that does not read its events is cut off rather than served with gaps.
+//! * A client harms only itself: what it sends is bounded ([`mod@json`]), it is read only while its last command is answered, and one
+//!   that does not read what it is sent is cut off rather than served with gaps.
 //! * Answers and events are one line each. What a command caused is told before the command's own answer.
+//! * When the process ends, clients hear of everything that this causes before they are hung up on.
 
 mod arguments;
 mod command;
@@ -13,12 +14,13 @@ mod json;
 mod query;
 
 pub(crate) use command::version;
-pub(crate) use jobs::{Stream, all as all_jobs, block_job, cancel_job};
+pub(crate) use jobs::{Stream, all as all_jobs, block_job};
 pub(crate) use query::{block_text, stats_text};
 
 use crate::{Engine, ErrorClass, Failure, Stamped, socket};
 use json::{Framed, Framer};
 use serde_json::{Map, Value, json};
+use std::future::pending;
 use std::io;
 use std::path::Path;
 use std::sync::Arc;
@@ -32,7 +34,7 @@ use tokio::sync::{Semaphore, mpsc};
 const CLIENTS: usize = 64;
 
 /// Bytes read at once.
-const READ: usize = 64 << 10;
+const READ: usize = 16 << 10;
 
 /// A client that takes nothing for this long is gone.
 const WRITE_PATIENCE: Duration = Duration::from_secs(30);
@@ -44,12 +46,18 @@ pub async fn listen(engine: Engine, socket: &Path) -> Result<(), Failure> {
     let places = Arc::new(Semaphore::new(CLIENTS));
     tokio::spawn(async move {
         loop {
-            let Ok(place) = places.clone().acquire_owned().await else { return };
-            match listener.accept().await {
-                Ok((stream, _)) => {
+            let Ok(place) = Arc::clone(&places).acquire_owned().await else { return };
+            let accepted = tokio::select! {
+                accepted = listener.accept() => accepted,
+                // From here on nobody could do anything any more; the socket goes.
+                _ = engine.ending() => return,
+            };
+            match accepted {
+                Ok(stream) => {
                     let engine = engine.clone();
                     tokio::spawn(async move {
-                        if let Err(error) = Client::new(engine, stream).serve().await {
+                        let _at_monitor = engine.at_monitor();
+                        if let Err(error) = Client::new(engine.clone(), stream).serve().await {
                             tracing::debug!(%error, "a QMP client is gone");
                         }
                         drop(place);
@@ -75,13 +83,6 @@ struct Client {
     events: Option<mpsc::Receiver<Stamped>>,
 }
 
-/// What happened next.
-enum Next {
-    Read(io::Result<usize>),
-    Event(Option<Stamped>),
-    Quit,
-}
-
 impl Client {
     fn new(engine: Engine, stream: UnixStream) -> Self {
         let (input, out) = stream.into_split();
@@ -95,13 +96,8 @@ impl Client {
         let mut bytes = vec![0; READ];
         let engine = self.engine.clone();
         loop {
-            let next = tokio::select! {
-                read = self.input.read(&mut bytes) => Next::Read(read),
-                event = next_event(&mut self.events) => Next::Event(event),
-                () = engine.quit_requested() => Next::Quit,
-            };
-            match next {
-                Next::Read(read) => {
+            tokio::select! {
+                read = self.input.read(&mut bytes) => {
                     let read = read?;
                     if read == 0 {
                         return Ok(());
@@ -112,16 +108,28 @@ impl Client {
                         }
                     }
                 }
-                Next::Event(Some(stamped)) => self.send(&event::message(&stamped)).await?,
-                // More events piled up than it took: it is cut off, and can connect again.
-                Next::Event(None) => return Ok(()),
-                Next::Quit => {
+                event = next_event(&mut self.events) => match event {
+                    Some(stamped) => self.send(&event::message(&stamped)).await?,
+                    // More events piled up than it took: it is cut off, and can connect again.
+                    None => return Ok(()),
+                },
+                why = engine.ending() => {
                     let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-                    let last = event::shutdown(since.as_secs(), since.subsec_micros());
-                    return if self.events.is_some() { self.send(&last).await } else { Ok(()) };
+                    let last = event::shutdown(since.as_secs(), since.subsec_micros(), why);
+                    return self.say_goodbye(&last).await;
                 }
             }
         }
+    }
+
+    /// Tells what the end of the process causes, up to the last event there is. Nothing is read any more.
+    async fn say_goodbye(mut self, shutdown: &Value) -> io::Result<()> {
+        let Some(mut events) = self.events.take() else { return Ok(()) };
+        self.send(shutdown).await?;
+        while let Some(stamped) = events.recv().await {
+            self.send(&event::message(&stamped)).await?;
+        }
+        self.out.shutdown().await
     }
 
     async fn obey(&mut self, framed: Framed) -> io::Result<()> {
@@ -184,7 +192,7 @@ impl Client {
                     return Err(Failure::generic("Capability 'oob' is not available"));
                 }
                 Some(Value::String(name)) => {
-                    return Err(Failure::generic(format!("Parameter 'enable' does not accept value '{name}'")));
+                    return Err(Failure::generic(format!("Parameter 'enable[0]' does not accept value '{name}'")));
                 }
                 Some(_) => return Err(Failure::generic("Invalid parameter type for 'enable[0]', expected: string")),
             },
@@ -209,6 +217,6 @@ impl Client {
 async fn next_event(events: &mut Option<mpsc::Receiver<Stamped>>) -> Option<Stamped> {
     match events {
         Some(events) => events.recv().await,
-        None => std::future::pending().await,
+        None => pending().await,
     }
 }
