@@ -350,3 +350,42 @@ fn a_flush_without_changes_is_one_barrier() {
         assert_eq!((flushes.hits(), writes.hits()), (1, 0));
     });
 }
+
+/// The publish order, seen from below: data's barrier, slices, barrier, L1 entries, barrier.
+#[test]
+fn a_commit_writes_in_publish_order() {
+    each(async |bench| {
+        let Bench { fault, .. } = bench;
+        let image = bench.guest.image.clone();
+        let backing = image::BackingRef { name: "base.img".into(), format: None };
+        image.set_backing(Some(backing)).await.unwrap();
+        let guest = Guest::new(image, &[9; 100]);
+        guest.write(0, &[1; 100]).await.unwrap();
+        let cluster = guest.image.cluster_size();
+        let l1 = cluster..cluster + cluster * u64::from(bench.subject.table_size.unwrap());
+        let seen = Rc::new(std::cell::RefCell::new(Vec::new()));
+        let note = seen.clone();
+        let record = Match::on(Operation::Write).or(Operation::Flush).when(move |request| {
+            note.borrow_mut().push(match request.range {
+                None => "barrier",
+                Some(range) if l1.contains(&range.start().get()) => "L1",
+                Some(_) => "L2",
+            });
+            false
+        });
+        fault.rule(record, Action::Hold);
+        guest.image.commit().await.unwrap();
+        assert_eq!(seen.take(), ["barrier", "L2", "barrier", "L1", "barrier"]);
+        // The table is there; one more cluster in it.
+        guest.write(5 * cluster, &[2; 100]).await.unwrap();
+        seen.take();
+        guest.image.commit().await.unwrap();
+        assert_eq!(seen.take(), ["barrier", "L2", "barrier"]);
+        // With nothing below, new space reads as zeros: as before the write. One barrier does.
+        guest.image.set_backing(None).await.unwrap();
+        guest.write(9 * cluster, &[2; 100]).await.unwrap();
+        seen.take();
+        guest.image.commit().await.unwrap();
+        assert_eq!(seen.take(), ["L2", "barrier"]);
+    });
+}

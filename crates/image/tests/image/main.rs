@@ -6,6 +6,7 @@ extern crate headwater_image as image;
 mod basics;
 mod crash;
 mod faults;
+mod files;
 mod guest;
 mod hostile;
 mod model;
