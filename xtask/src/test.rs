@@ -54,9 +54,12 @@ pub(crate) fn run(workspace: &Workspace, options: &Options) -> Outcome {
         })?;
         clock.stage("doc", || {
             let doc = ["doc", "--workspace", "--no-deps", "--document-private-items"];
-            workspace.cargo().args(doc)
+            workspace
+                .cargo()
+                .args(doc)
                 // The documentation is the developers', private items included, so links to those lead somewhere.
-                .env("RUSTDOCFLAGS", "--deny warnings --allow rustdoc::private-intra-doc-links").run()
+                .env("RUSTDOCFLAGS", "--deny warnings --allow rustdoc::private-intra-doc-links")
+                .run()
         })?;
         clock.stage("deny", || deny::run(workspace))?;
     }
