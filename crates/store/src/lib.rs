@@ -1,6 +1,6 @@
 //! Places that hold bytes. Floor 2: a store knows nothing of what its bytes mean.
 //!
-//! The contract is [`Store`]. [`file`] holds a local file or block device, [`memory`] holds bytes in memory; [`fault`] and
+//! The contract is [`Store`]. [`mod@file`] holds a local file or block device, [`memory`] holds bytes in memory; [`fault`] and
 //! [`trace`] are decorators around any of them.
 #![forbid(unsafe_code)]
 

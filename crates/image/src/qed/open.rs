@@ -24,7 +24,7 @@ pub(crate) async fn open(store: Rc<dyn Store>, options: OpenOptions) -> Result<R
     open_with_table_memory(store, options, CACHE_BYTES).await
 }
 
-/// Opens the QED image in `store` with a stated budget for L2 tables in memory, in bytes. [`crate::open`] takes 32 MiB.
+/// Opens the QED image in `store` with a stated budget for L2 tables in memory, in bytes. [`crate::open()`] takes 32 MiB.
 pub async fn open_with_table_memory(store: Rc<dyn Store>, options: OpenOptions, bytes: usize) -> Result<Rc<dyn Image>> {
     let limits = store.limits();
     if limits.read_only && !options.read_only {
