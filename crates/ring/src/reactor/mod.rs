@@ -4,6 +4,7 @@
 //! kernel may touch: the descriptor, the memory, the list of segments. Futures only point at slots; a future that is
 //! dropped leaves the slot behind.
 
+mod spin;
 mod threads;
 mod uring;
 mod workers;

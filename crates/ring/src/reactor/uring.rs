@@ -1,12 +1,13 @@
 //! The io_uring back end.
 //!
-//! Operations only fill the submission queue; one `io_uring_enter` per turn hands the whole batch over and brings
-//! completions in. What does not fit into the queue stands in `backlog`, in order.
+//! Operations only fill the submission queue; they are handed over [`SUBMIT_AT`] at a time, and the rest by the one
+//! `io_uring_enter` a turn that brings completions in. What does not fit into the queue stands in `backlog`, in order.
 //!
 //! **Invariants.** An entry's user data is the number of the slot that owns what the entry points to, and there is
 //! exactly one completion for it. Numbers from [`RESERVED`] up are the ring's own. If the ring ever goes while the
 //! kernel has not answered, the slots are leaked, not freed.
 
+use super::spin::Spin;
 use super::workers::{Call, Job, Workers};
 use super::{Events, Finished, Kind, Memory, Op, SEGMENTS_MAX, Slot, Slots, Wait, Work};
 use crate::file::File;
@@ -20,7 +21,7 @@ use std::mem;
 use std::os::fd::RawFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// User data from here on belongs to no slot.
 const RESERVED: u64 = 1 << 32;
@@ -28,6 +29,10 @@ const RESERVED: u64 = 1 << 32;
 const BELL: u64 = RESERVED;
 /// A request to cancel, whose own answer says nothing.
 const CANCEL: u64 = RESERVED + 1;
+
+/// Operations that are handed over together while a turn still makes more. A disk that gets a whole turn's requests at
+/// once ends them all at once, and stands idle while their answers are worked off; a few at a time keep both at work.
+const SUBMIT_AT: usize = 4;
 
 /// Descriptors that can be registered: some images and sockets a shard; more work unregistered.
 const TABLE: u32 = 1024;
@@ -55,6 +60,7 @@ struct Inner {
     bell_armed: bool,
     has_ftruncate: bool,
     table: Table,
+    spin: Spin,
 }
 
 /// The kernel's table of registered descriptors.
@@ -100,6 +106,7 @@ impl Uring {
             bell_armed: false,
             has_ftruncate: probe.is_supported(opcode::Ftruncate::CODE),
             table: Table::Unasked,
+            spin: Spin::new(),
         };
         static NEXT: AtomicU64 = AtomicU64::new(0);
         let id = NEXT.fetch_add(1, Ordering::Relaxed);
@@ -151,7 +158,7 @@ impl Uring {
         if !inner.bell_armed {
             inner.arm_bell(&self.inbox);
         }
-        inner.enter(wait);
+        inner.wait(wait);
         inner.reap();
         let mut finished = mem::take(&mut inner.finished);
         drop(inner);
@@ -217,6 +224,9 @@ impl Inner {
         if !self.backlog.is_empty() || unsafe { self.ring.submission().push(&entry) }.is_err() {
             self.backlog.push_back(entry);
         }
+        if self.ring.submission().len() >= SUBMIT_AT {
+            self.enter(Wait::No);
+        }
     }
 
     /// Moves as much of the backlog as fits into the submission queue.
@@ -239,6 +249,35 @@ impl Inner {
         let entry = opcode::Read::new(types::Fd(fd), self.bell.get().cast(), 8).build().user_data(BELL);
         self.push(entry);
         self.bell_armed = true;
+    }
+
+    /// Hands over what waits to be submitted and waits for news: with a look first, where news is expected soon.
+    fn wait(&mut self, wait: Wait) {
+        if wait == Wait::No || self.slots.in_flight == 0 {
+            return self.enter(wait);
+        }
+        let start = Instant::now();
+        let patience = match wait {
+            Wait::AtMost(span) => self.spin.patience().min(span),
+            _ => self.spin.patience(),
+        };
+        if !patience.is_zero() {
+            self.enter(Wait::No);
+            while !self.has_news() {
+                if start.elapsed() >= patience {
+                    break;
+                }
+                std::hint::spin_loop();
+            }
+        }
+        // With news at hand this only collects it.
+        self.enter(wait);
+        self.spin.waited(start.elapsed());
+    }
+
+    /// Whether completions stand in the queue, or the kernel has some to put there.
+    fn has_news(&mut self) -> bool {
+        !self.ring.completion().is_empty() || self.ring.submission().taskrun()
     }
 
     /// Hands over what waits to be submitted and waits for completions as told.
