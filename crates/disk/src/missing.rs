@@ -105,6 +105,10 @@ impl Inner {
         above: usize,
     ) -> Result<Option<Missing>> {
         let end = end.align_up(self.unit).min(GuestOffset(self.top.size()));
+        // Behind an end that cuts a cluster there is nothing, not that cluster once more.
+        if from >= end {
+            return Ok(None);
+        }
         let mut rest = GuestRange::between(from.align_down(self.unit), end);
         let mut found: Option<(GuestRange, Class)> = None;
         let mut steps = 0;

@@ -248,6 +248,24 @@ fn what_a_short_layer_hides_stays_hidden_when_it_goes() {
     }
 }
 
+/// Whoever walks on from the end of the last run stands at the disk's end, inside its last cluster: what that lacks must
+/// not be found again, and again.
+#[test]
+fn a_walk_ends_at_an_end_that_cuts_a_cluster() {
+    Sim::new(1).block_on(async {
+        let world = World::new(Formats::Real, 1, false);
+        let size = 3 * UNIT + 512;
+        world.raw("base", &noise(1, 4 * UNIT as usize));
+        world.create("top", Some(UNIT), size, Some("base")).await;
+        let disk = world.disk("top", DiskOptions::default()).await;
+        let found = disk.next_missing(GuestOffset::ZERO, &StreamBase::Nothing).await.unwrap().unwrap();
+        assert_eq!(found, Missing { range: range(0, size), zero: false });
+        assert_eq!(disk.next_missing(found.range.end(), &StreamBase::Nothing).await.unwrap(), None);
+        assert!(disk.next_missing(GuestOffset(size - 1), &StreamBase::Nothing).await.unwrap().is_some());
+        disk.close().await.unwrap();
+    });
+}
+
 #[test]
 fn a_terabyte_of_nothing_is_soon_walked() {
     Sim::new(1).block_on(async {
