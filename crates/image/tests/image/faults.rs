@@ -389,3 +389,38 @@ fn a_commit_writes_in_publish_order() {
         assert_eq!(seen.take(), ["L2", "barrier"]);
     });
 }
+
+/// Holes are filled when an image is closed. Where an *entry* finds no space on the way, nobody knows what it looks like:
+/// that is a failure, and need-check stays, so that the next opening looks.
+#[test]
+fn an_entry_without_space_while_holes_are_filled_leaves_need_check() {
+    for number in 1..=3 {
+        each(async |bench| {
+            let Bench { subject, memory, fault, guest } = bench;
+            let cluster = guest.image.cluster_size();
+            guest.write(0, &[1; 512]).await.unwrap();
+            let hole = guest.image.reserve(range(cluster, 1), Purpose::Data).await.unwrap();
+            for n in 2..5 {
+                guest.write(n * cluster, &[n as u8; 512]).await.unwrap();
+            }
+            drop(hole);
+            guest.image.commit().await.unwrap();
+            // The writes of a close: copies of clusters into the hole, then entries.
+            let rule = fault.rule(Match::on(Operation::Write).nth(number), Action::Fail(full()));
+            let closed = guest.image.close().await;
+            if rule.hits() == 0 {
+                return closed.unwrap();
+            }
+            let options = OpenOptions { read_only: true, for_check: true };
+            let left = image::open(memory.clone(), subject.format, options).await.unwrap();
+            let leaks = left.check(image::Repair::None).await.unwrap().leaks;
+            assert!(leaks == 0 || left.info().dirty, "{leaks} leaks, and nobody will look for them ({number})");
+            drop(left);
+            let guest = Guest::new(subject.open(memory.clone()).await.unwrap(), &[]);
+            assert_eq!(guest.read(2 * cluster, 512).await.unwrap(), [2; 512]);
+            assert_eq!(guest.read(4 * cluster, 512).await.unwrap(), [4; 512]);
+            guest.image.close().await.unwrap();
+            subject.assert_clean(memory).await;
+        });
+    }
+}
