@@ -124,12 +124,31 @@ impl Inner {
 
     /// Refuses changes to a disk that is read-only.
     pub(crate) fn check_writable(&self) -> Result<()> {
-        if self.read_only() { Err(self.refuse(ErrorKind::ReadOnly, "the disk is read-only")) } else { Ok(()) }
+        if self.read_only() {
+            return Err(self.refuse(ErrorKind::ReadOnly, "the disk is read-only"));
+        }
+        // A write in place would need nothing of the image; but no flush could ever make it durable any more, and a guest
+        // should hear of that at once.
+        match self.top.poisoned() {
+            Some(first) => Err(Error::poisoned(self.top.store().name(), &first)),
+            None => Ok(()),
+        }
     }
 
     /// The part of `range` that lies on the disk.
     pub(crate) fn clip(&self, range: GuestRange) -> GuestRange {
         range.intersect(GuestRange::between(GuestOffset::ZERO, GuestOffset(self.top.size())))
+    }
+
+    /// A guest's request that asks layers below: held while a source does not answer.
+    pub(crate) async fn held<T>(&self, ask: impl AsyncFn() -> Result<T>) -> Result<T> {
+        let mut hold = self.hold();
+        loop {
+            match ask().await {
+                Err(error) => hold.or_fail(error).await?,
+                answer => return answer,
+            }
+        }
     }
 
     /// For a request that waits for sources which do not answer.

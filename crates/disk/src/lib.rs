@@ -220,11 +220,11 @@ impl Disk {
         .await
     }
 
-    /// The first run of `range` (not empty, within the disk), all alike.
+    /// The first run of `range` (not empty, within the disk), all alike. Held like a read while a source does not answer.
     pub async fn status(&self, range: GuestRange) -> Result<Status> {
         let _inside = self.inner.enter()?;
         let range = self.inner.check_range(range.start(), range.len())?;
-        self.inner.status(range).await
+        self.inner.held(async || self.inner.status(range).await).await
     }
 
     /// Fetches what of `range` is not in the top image yet and keeps it there (NBD's cache request). Nothing happens where

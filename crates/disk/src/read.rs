@@ -84,13 +84,7 @@ impl Inner {
                 return Ok(());
             }
         }
-        let mut hold = self.hold();
-        loop {
-            match self.read_pieces(range, &into).await {
-                Err(error) => hold.or_fail(error).await?,
-                Ok(()) => return Ok(()),
-            }
-        }
+        self.held(async || self.read_pieces(range, &into).await).await
     }
 
     /// Whether `range` is where it was, as far as tables in memory tell.

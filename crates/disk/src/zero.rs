@@ -116,7 +116,7 @@ impl Inner {
             Mapping::Unallocated => {}
         }
         let view = self.view();
-        let below = view.resolve(1, view.depth(), part).await?;
+        let below = self.held(async || view.resolve(1, view.depth(), part).await).await?;
         Ok(below.len == part.len() && !matches!(below.found, Found::Data(..)))
     }
 }

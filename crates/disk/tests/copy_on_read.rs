@@ -231,6 +231,35 @@ fn a_guest_is_held_while_a_source_does_not_answer_and_a_job_is_told() {
     });
 }
 
+/// Also where only the tables of a layer below are asked: for zeros in a part of a cluster, and for a status.
+#[test]
+fn a_guest_is_held_while_the_tables_below_cannot_be_read() {
+    for seed in 0..4 {
+        Sim::new(seed).block_on(async {
+            let world = World::new(Formats::Real, seed, false);
+            world.create("base", Some(UNIT as u64), SIZE as u64, None).await;
+            let base = world.disk("base", DiskOptions::default()).await;
+            write(&base, 0, &noise(seed, UNIT)).await.unwrap();
+            base.close().await.unwrap();
+            world.create("top", Some(UNIT as u64), SIZE as u64, Some("base")).await;
+            let disk = world.disk("top", DiskOptions::default()).await;
+            let away = world.faults("base").rule(Match::on(Read), Action::Fail(store::ErrorKind::Unavailable.into()));
+            let zeroes = Rc::clone(&disk);
+            let range = GuestOffset(512).range(512);
+            let zeroed = ring::spawn(async move { zeroes.write_zeroes(range, true, false).await });
+            let asks = Rc::clone(&disk);
+            let status = ring::spawn(async move { asks.status(GuestOffset(0).range(512)).await });
+            ring::sleep(Duration::from_secs(20)).await;
+            assert!(!zeroed.is_finished() && !status.is_finished());
+            away.end();
+            zeroed.await.unwrap();
+            assert!(!status.await.unwrap().zero);
+            assert_eq!(read(&disk, 512, 512).await.unwrap(), [0; 512]);
+            disk.close().await.unwrap();
+        });
+    }
+}
+
 #[test]
 fn closing_ends_held_requests() {
     Sim::new(1).block_on(async {

@@ -74,6 +74,26 @@ fn a_failed_flush_fails_all_that_shared_it_and_all_after() {
     });
 }
 
+/// The store is sound, a table could not be written: what is written in place from then on could reach the disk, but no flush
+/// could say so. It is refused like all else.
+#[test]
+fn a_poisoned_image_refuses_writes_in_place_too() {
+    Sim::new(1).block_on(async {
+        let (world, disk) = alone(Formats::Real, 1, DiskOptions::default()).await;
+        write(&disk, 0, &[1; 512]).await.unwrap();
+        disk.flush().await.unwrap();
+        write(&disk, UNIT, &[2; 512]).await.unwrap();
+        world.faults("top").rule(Match::on(Write).once(), Action::Fail(Failure::EIO));
+        disk.flush().await.unwrap_err();
+        assert!(world.faults("top").poisoned().is_none(), "it was no flush that failed");
+        let refused = write(&disk, 0, &[3; 512]).await.unwrap_err();
+        assert_eq!(refused.kind(), ErrorKind::Poisoned);
+        assert_eq!(read(&disk, 0, 512).await.unwrap(), [1; 512]);
+        assert_eq!(read(&disk, UNIT, 512).await.unwrap(), [2; 512]);
+        disk.close().await.unwrap();
+    });
+}
+
 #[test]
 fn a_write_in_place_with_fua_costs_one_write() {
     Sim::new(1).block_on(async {
