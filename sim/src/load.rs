@@ -27,9 +27,11 @@ impl Queue {
                 return;
             }
             self.request().await;
-            match self.dice.below(6) {
-                0 => ring::sleep(Duration::from_micros(self.dice.below(3000))).await,
-                1 => ring::yield_now().await,
+            match self.dice.below(24) {
+                0..4 => ring::sleep(Duration::from_micros(self.dice.below(3000))).await,
+                // So long that the disk commits, and marks itself as clean, on its own.
+                4 if self.dice.percent(30) => ring::sleep(Duration::from_millis(self.dice.between(500, 9000))).await,
+                5..8 => ring::yield_now().await,
                 _ => {}
             }
         }

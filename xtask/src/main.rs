@@ -6,6 +6,7 @@
 
 mod bench;
 mod peers;
+mod sim;
 mod test;
 mod workspace;
 
@@ -30,6 +31,8 @@ enum Command {
     Test(test::Options),
     /// Measure headwater beside qemu-storage-daemon on the same files
     Bench(bench::Options),
+    /// Simulate the stack below the exports: seeds, faults, power cuts
+    Sim(sim::Options),
     /// `headwater demo` from a release build; further arguments go to it
     Demo {
         /// Arguments of `headwater demo`
@@ -44,6 +47,7 @@ fn main() -> ExitCode {
         Command::Peers(options) => peers::run(&workspace, &options),
         Command::Test(options) => test::run(&workspace, &options),
         Command::Bench(options) => bench::run(&workspace, &options),
+        Command::Sim(options) => sim::run(&workspace, &options),
         Command::Demo { args } => {
             workspace.cargo().args(["run", "--release", "--package", "headwater", "--", "demo"]).args(args).run()
         }

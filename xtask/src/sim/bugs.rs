@@ -1,0 +1,232 @@
+//! Known bugs: each a change to the text of the product, small enough that somebody could make it.
+//!
+//! An edit names a text that occurs exactly once in its file; a test sees to it that this stays so.
+
+/// A text, and what stands there instead.
+pub(super) struct Edit {
+    pub(super) file: &'static str,
+    pub(super) old: &'static str,
+    pub(super) new: &'static str,
+}
+
+/// One bug.
+pub(super) struct Bug {
+    pub(super) name: &'static str,
+    pub(super) edits: &'static [Edit],
+}
+
+const fn edit(file: &'static str, old: &'static str, new: &'static str) -> Edit {
+    Edit { file, old, new }
+}
+
+const COMMIT: &str = "crates/image/src/qed/commit.rs";
+const HEADER: &str = "crates/image/src/qed/header.rs";
+const ALLOCATE: &str = "crates/image/src/qed/allocate.rs";
+const SPACE: &str = "crates/image/src/qed/space.rs";
+
+/// All of them.
+pub(super) const BUGS: &[Bug] = &[
+    Bug {
+        name: "a mapping is published before its data is durable",
+        edits: &[edit(COMMIT, "if epoch.barrier_due {", "if epoch.barrier_due && epoch.slices.is_empty() {")],
+    },
+    Bug {
+        name: "a table's pointer is written without a barrier after the table",
+        edits: &[edit(
+            COMMIT,
+            "        self.barrier().await?;\n        if epoch.tables.is_empty() {\n            return Ok(());\n        }\n",
+            "        if epoch.tables.is_empty() {\n            return self.barrier().await;\n        }\n",
+        )],
+    },
+    Bug {
+        name: "the last barrier of a commit is left out",
+        edits: &[edit(
+            COMMIT,
+            "Iov::from_slice(&bytes)))).await?;\n        self.barrier().await\n",
+            "Iov::from_slice(&bytes)))).await\n",
+        )],
+    },
+    Bug {
+        name: "at a stream's end the header comes before the tables",
+        edits: &[
+            edit(
+                "crates/disk/src/stream.rs",
+                "        self.check_nothing_missing(&view, above).await?;\n        self.commit().await?;\n",
+                "        self.check_nothing_missing(&view, above).await?;\n",
+            ),
+            edit(
+                HEADER,
+                "            check_backing(self.store.name(), backing)?;\n        }\n        self.commit().await?;\n",
+                "            check_backing(self.store.name(), backing)?;\n        }\n",
+            ),
+        ],
+    },
+    Bug {
+        name: "a stream's end is told before the header is durable",
+        edits: &[edit(
+            HEADER,
+            "        self.publish_header(&mut zone, header).await?;\n        *self.backing.borrow_mut() = backing;\n",
+            "        self.write_header(&mut zone, header).await?;\n        *self.backing.borrow_mut() = backing;\n",
+        )],
+    },
+    Bug {
+        name: "need-check is set, but not durably",
+        edits: &[edit(
+            HEADER,
+            "            core.publish_header(&mut zone, header).await?;\n            core.marked.set(true);\n",
+            "            core.write_header(&mut zone, header).await?;\n            core.marked.set(true);\n",
+        )],
+    },
+    Bug {
+        name: "need-check is cleared while reservations are out",
+        edits: &[edit(
+            HEADER,
+            "if !self.marked.get() || self.active.get() > 0 || self.is_dirty() {",
+            "if !self.marked.get() {",
+        )],
+    },
+    Bug {
+        name: "a discard lets the backing file show through",
+        edits: &[edit(
+            "crates/disk/src/zero.rs",
+            "[(masked, true), (unmasked, false)]",
+            "[(masked, false), (unmasked, false)]",
+        )],
+    },
+    Bug {
+        name: "copying overwrites what a guest has written meanwhile",
+        edits: &[edit(
+            "crates/disk/src/populate.rs",
+            "reservation.link(Keep::Unallocated, |at| self.locks.is_exclusively_held(at));",
+            "reservation.link(Keep::New, |at| self.locks.is_exclusively_held(at));",
+        )],
+    },
+    Bug {
+        name: "copying links what a guest is writing",
+        edits: &[
+            edit(
+                "crates/disk/src/populate.rs",
+                "reservation.link(Keep::Unallocated, |at| self.locks.is_exclusively_held(at));",
+                "reservation.link(Keep::Unallocated, |_| false);",
+            ),
+            edit(
+                "crates/disk/src/populate.rs",
+                "Ok(if taken || self.locks.is_exclusively_held(cluster.start()) {",
+                "Ok(if taken {",
+            ),
+        ],
+    },
+    Bug {
+        name: "a write that allocates does not hold its clusters exclusively",
+        edits: &[edit(
+            "crates/disk/src/write.rs",
+            "let _held = self.locks.exclusive(range.align_outward(self.unit)).await;\n        self.write_held",
+            "let _held = self.locks.shared(range.align_outward(self.unit)).await;\n        self.write_held",
+        )],
+    },
+    Bug {
+        name: "a cluster is handed out twice",
+        edits: &[edit(
+            SPACE,
+            "            let taken = want.min(len);\n            self.free.remove(&at);\n",
+            "            let taken = want.min(len);\n            if taken < len {\n                self.free.remove(&at);\n            }\n",
+        )],
+    },
+    Bug {
+        name: "a replaced cluster is used again before the table that let go of it is durable",
+        edits: &[edit(SPACE, "        self.unlinked.push(range);\n", "        self.give_back(range);\n")],
+    },
+    Bug {
+        name: "a failed barrier is taken for a good one",
+        edits: &[edit(
+            "crates/image/src/qed/mod.rs",
+            "        self.store.flush().await.map_err(|e| self.fail(e.into()))\n",
+            "        let _ = self.store.flush().await;\n        Ok(())\n",
+        )],
+    },
+    Bug {
+        name: "a commit serves those who came after its copies were taken",
+        edits: &[
+            edit(COMMIT, "Ok(()) => commits.served = upto,", "Ok(()) => commits.served = commits.tickets,"),
+            edit(
+                "crates/disk/src/flush.rs",
+                "        let round = Rc::clone(flusher.next.borrow_mut().get_or_insert_default());\n        if !flusher.running.replace(true) {\n            drop(ring::spawn(Rc::clone(self).run_commits()));\n        }\n        round.result().await\n",
+                "        let result = self.top.commit().await;\n        if result.is_ok() {\n            flusher.durable.set(flusher.changes.get());\n        }\n        result\n",
+            ),
+        ],
+    },
+    Bug {
+        name: "a write in place with FUA is only written",
+        edits: &[edit(
+            "crates/disk/src/write.rs",
+            "self.write_store(host, from, through).await?;",
+            "self.write_store(host, from, false).await?;",
+        )],
+    },
+    Bug {
+        name: "what surrounds a small write in a new cluster is not fetched",
+        edits: &[edit(
+            "crates/disk/src/write.rs",
+            "if on_disk.is_empty() || mapping == Mapping::Zero || view.depth() == 1 {",
+            "if on_disk.len() < 4096 || mapping == Mapping::Zero || view.depth() == 1 {",
+        )],
+    },
+    Bug {
+        name: "a layer is read past its end",
+        edits: &[edit(
+            "crates/disk/src/view.rs",
+            "return Ok(Run { len: range.len(), found: Found::PastEnd(layer) });",
+            "continue;",
+        )],
+    },
+    Bug {
+        name: "a disk that grows shows what a longer backing file holds there",
+        edits: &[edit("crates/disk/src/resize.rs", "if !shows.is_empty() {", "if shows.len() > 1 << 40 {")],
+    },
+    Bug {
+        name: "an ignored error lets the backing file go",
+        edits: &[edit(
+            "crates/job/src/copy.rs",
+            "return self.ignored.map_or(Ok(()), |error| Err(Stopped::Failed(error)));",
+            "return Ok(());",
+        )],
+    },
+    Bug {
+        name: "progress runs past the end",
+        edits: &[edit(
+            "crates/job/src/progress.rs",
+            "if self.passed { self.missing } else { self.copied.min(self.missing) }",
+            "if self.passed { self.missing } else { self.copied + self.copied }",
+        )],
+    },
+    Bug {
+        name: "a failed write of a table does not poison",
+        edits: &[edit(
+            COMMIT,
+            "result.map_err(|e| self.fail(e.into()))\n    }\n}",
+            "result.map_err(Into::into)\n    }\n}",
+        )],
+    },
+    Bug {
+        name: "an old table's remains are taken for a new table",
+        edits: &[edit(ALLOCATE, "        if !held.zeroed {\n", "        if held.range.is_empty() {\n")],
+    },
+];
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::path::Path;
+
+    #[test]
+    fn every_bug_can_be_planted() {
+        let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
+        for bug in BUGS {
+            for Edit { file, old, new } in bug.edits {
+                let text = std::fs::read_to_string(root.join(file)).unwrap();
+                assert_eq!(text.matches(old).count(), 1, "{}: {old:?} in {file}", bug.name);
+                assert_ne!(old, new);
+            }
+        }
+    }
+}
