@@ -38,12 +38,27 @@ pub(crate) struct Flusher {
     /// Counts completed changes; `durable` is the count that the last good commit covered.
     changes: Cell<u64>,
     durable: Cell<u64>,
+    /// The same for guests' changes that are in tables: until a commit they are in this process only.
+    mapped: Cell<u64>,
+    mapped_durable: Cell<u64>,
+    /// A commit has ended well.
+    pub(crate) settled: Event,
 }
 
 impl Flusher {
     /// Something was written (or zeroed, or linked) and has completed.
     pub(crate) fn changed(&self) {
         self.changes.set(self.changes.get() + 1);
+    }
+
+    /// A guest's change needs tables that are changed in memory.
+    pub(crate) fn mapped(&self) {
+        self.mapped.set(self.mapped.get() + 1);
+    }
+
+    /// Whether there are such changes that no commit has covered.
+    pub(crate) fn has_unsettled(&self) -> bool {
+        self.mapped != self.mapped_durable
     }
 
     /// Whether a commit is under way or wanted.
@@ -86,10 +101,12 @@ impl Inner {
         loop {
             let next = flusher.next.borrow_mut().take();
             let Some(round) = next else { break };
-            let covered = flusher.changes.get();
+            let (covered, mapped) = (flusher.changes.get(), flusher.mapped.get());
             let result = self.top.commit().await;
             if result.is_ok() {
                 flusher.durable.set(covered);
+                flusher.mapped_durable.set(mapped);
+                flusher.settled.notify_all();
                 self.background.committed();
             }
             *round.result.borrow_mut() = Some(result);

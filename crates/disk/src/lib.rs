@@ -220,6 +220,17 @@ impl Disk {
         .await
     }
 
+    /// Whether a write that was answered would be lost if this *process* ended now: bytes in the page cache survive that,
+    /// tables that are changed in memory do not. (In a power cut everything since the last flush may be lost.)
+    pub fn has_unsettled_writes(&self) -> bool {
+        self.inner.flusher.has_unsettled() && !self.inner.options.get().write_through
+    }
+
+    /// Ends when tables have been made durable the next time.
+    pub fn settled(&self) -> impl Future<Output = ()> + use<> {
+        self.inner.flusher.settled.wait()
+    }
+
     /// The first run of `range` (not empty, within the disk), all alike. Held like a read while a source does not answer.
     pub async fn status(&self, range: GuestRange) -> Result<Status> {
         let _inside = self.inner.enter()?;

@@ -156,6 +156,7 @@ impl Inner {
                 .join(&tail.bytes(after, tail_part));
             let at = guest_part.start() - part.start() - head_part.len();
             self.write_store(self.place(&reservation)? + at, bytes, false).await?;
+            self.flusher.mapped();
             self.linked(reservation.link(Keep::New, |_| false));
             rest = rest.skip(part.len());
         }

@@ -80,6 +80,7 @@ impl Inner {
             let result = self.top.write_zeroes(part, unmap, masked).await;
             drop(dropping);
             self.flusher.changed();
+            self.flusher.mapped();
             self.tables_changed(0);
             result?;
         }

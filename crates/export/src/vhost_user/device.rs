@@ -8,6 +8,7 @@
 
 use super::VhostUserExport;
 use super::config::{Features, Shape};
+use super::ledger::Ledger;
 use super::mailbox::{Command, QueueCommand, Reply, ShardEnd};
 use super::vring::{Target, Vring};
 use ring::sync::Event;
@@ -17,7 +18,7 @@ use rustix::net::SendFlags;
 use std::cell::{Cell, RefCell};
 use std::io;
 use std::os::fd::OwnedFd;
-use std::rc::Rc;
+use std::rc::{Rc, Weak};
 
 /// The bell's token in the epoll set; a queue's is its index.
 const BELL: u64 = u64::MAX;
@@ -46,7 +47,13 @@ impl Device {
     /// A device with stopped queues.
     pub(super) fn new(export: VhostUserExport) -> io::Result<Rc<Self>> {
         let read_only = export.read_only || export.disk.read_only();
-        let target = Rc::new(Target { disk: export.disk, read_only, serial: export.serial });
+        let target = Rc::new(Target {
+            disk: export.disk,
+            read_only,
+            serial: export.serial,
+            ledger: RefCell::new(None),
+            lost: Cell::new(false),
+        });
         let watch = epoll::create(epoll::CreateFlags::CLOEXEC)?;
         Ok(Rc::new(Self {
             queues: (0..export.queues).map(|index| Vring::new(index, Rc::clone(&target))).collect(),
@@ -67,11 +74,13 @@ impl Device {
 
     /// Serves until the protocol thread has come to its end.
     pub(super) async fn serve(self: Rc<Self>, mail: ShardEnd) {
+        let noting = ring::spawn(note_when_settled(Rc::downgrade(&self.target)));
         if let Err(error) = self.watch_and_serve(&mail).await {
             tracing::error!(disk = self.target.disk.name(), %error, "the vhost-user server cannot go on");
         }
         // From here on the thread's calls fail, and it ends.
         drop(mail);
+        noting.cancel();
         self.finished.set(true);
         self.end.notify_all();
     }
@@ -119,7 +128,10 @@ impl Device {
                 self.queues.iter().for_each(|queue| queue.set_memory(map.clone()));
             }
             Command::Queue(index, command) => return self.queue(index, command).await,
-            Command::Inflight(region) => self.queues.iter().for_each(|queue| queue.set_inflight(Some(region.clone()))),
+            Command::Inflight(region) => {
+                self.keep_ledger(region.ledger());
+                self.queues.iter().for_each(|queue| queue.set_inflight(Some(region.clone())));
+            }
             Command::Channel(socket) => {
                 self.channel.replace(Some(socket));
             }
@@ -132,10 +144,26 @@ impl Device {
             Command::Gone => {
                 self.stop_all().await;
                 self.channel.replace(None);
+                self.keep_ledger(None);
                 self.queues.iter().for_each(|queue| queue.reset());
             }
         }
         Ok(Reply::Done)
+    }
+
+    /// From now on notes in `ledger` what hangs on this process, after a look at what it says of the last one.
+    fn keep_ledger(&self, ledger: Option<Ledger>) {
+        let lost = ledger.as_ref().is_some_and(Ledger::is_lost);
+        if lost {
+            tracing::error!(
+                disk = self.target.disk.name(),
+                "the server before this one was killed with writes that it had answered and not yet put into the image's \
+                 tables; they are lost, so writes and flushes fail until the guest is reset (cache=writethrough prevents this)"
+            );
+        }
+        self.target.lost.set(lost);
+        self.target.ledger.replace(ledger);
+        self.target.note();
     }
 
     async fn queue(&self, index: u16, command: QueueCommand) -> Result<Reply, String> {
@@ -210,6 +238,17 @@ impl Device {
                 return;
             }
             end.await;
+        }
+    }
+}
+
+/// An idle guest hears of nothing: what has become durable behind its back is noted here.
+async fn note_when_settled(target: Weak<Target>) {
+    loop {
+        let Some(settled) = target.upgrade().map(|target| target.disk.settled()) else { return };
+        settled.await;
+        if let Some(target) = target.upgrade() {
+            target.note();
         }
     }
 }

@@ -7,7 +7,8 @@
 //!   a kill picks, at most the last batch is in doubt, and the used ring's own index decides it.
 //! * The region's contents are somebody else's word: every index is checked, every walk is bounded.
 //!
-//! Layout for split rings: `vhost-user.rst`, "Inflight I/O tracking". All fields are in native byte order.
+//! Layout for split rings: `vhost-user.rst`, "Inflight I/O tracking". All fields are in native byte order. Behind the queues'
+//! parts lies one of our own (see [`super::ledger`]), which a region made by somebody else lacks.
 
 use rustix::fs::{MemfdFlags, SealFlags};
 use std::cell::Cell;
@@ -20,6 +21,7 @@ use std::sync::atomic::{AtomicU8, AtomicU16, AtomicU64, Ordering};
 use vm_memory::{FileOffset, MmapRegion, VolatileMemory};
 
 use super::config::{MAX_QUEUE_SIZE, MAX_QUEUES};
+use super::ledger::Ledger;
 
 /// The one version of the layout there is.
 const VERSION: u16 = 1;
@@ -62,9 +64,14 @@ impl Layout {
         (HEADER + STATE * usize::from(self.queue_size)).next_multiple_of(ALIGN)
     }
 
+    /// Bytes the queues take.
+    fn queues_len(self) -> u64 {
+        (self.stride() * usize::from(self.queues)) as u64
+    }
+
     /// Bytes it takes.
     pub(super) fn len(self) -> u64 {
-        (self.stride() * usize::from(self.queues)) as u64
+        self.queues_len() + ALIGN as u64
     }
 }
 
@@ -89,18 +96,25 @@ impl Region {
     /// One that the front end has kept.
     pub(super) fn map(layout: Layout, file: File, offset: u64, len: u64) -> io::Result<Self> {
         let invalid = |what| Err(io::Error::new(io::ErrorKind::InvalidInput, what));
-        if len < layout.len() {
+        if len < layout.queues_len() {
             return invalid("the inflight region is too short for its queues");
         }
-        let Some(end) = offset.checked_add(layout.len()) else {
+        let len = len.min(layout.len());
+        let Some(end) = offset.checked_add(len) else {
             return invalid("the inflight region's addresses wrap around");
         };
         if file.metadata()?.len() < end {
             return invalid("the inflight region's file is too short");
         }
-        let mapping = MmapRegion::from_file(FileOffset::new(file, offset), layout.len() as usize)
+        let mapping = MmapRegion::from_file(FileOffset::new(file, offset), len as usize)
             .map_err(|e| io::Error::other(e.to_string()))?;
         Ok(Self { mapping: Arc::new(mapping), layout })
+    }
+
+    /// The part that is our own, if it has one.
+    pub(super) fn ledger(&self) -> Option<Ledger> {
+        let at = self.layout.queues_len() as usize;
+        (self.mapping.len() >= at + ALIGN).then(|| Ledger::new(Arc::clone(&self.mapping), at))
     }
 
     /// The part of queue `index`, if it has one and it fits a queue of `size` entries. Makes it ready if it is new.
@@ -308,7 +322,9 @@ mod tests {
         assert!(Region::map(layout, file(), 0, layout.len()).is_err());
         let long = file();
         long.set_len(layout.len()).unwrap();
-        assert!(Region::map(layout, long.try_clone().unwrap(), 0, layout.len() - 1).is_err());
+        assert!(Region::map(layout, long.try_clone().unwrap(), 0, layout.queues_len() - 1).is_err());
+        let short = Region::map(layout, long.try_clone().unwrap(), 0, layout.queues_len()).unwrap();
+        assert!(short.ledger().is_none() && short.queue(0, 128).is_some(), "made by another server");
         assert!(Region::map(layout, long.try_clone().unwrap(), u64::MAX, layout.len()).is_err());
         assert!(Region::map(layout, long, 0, layout.len()).is_ok());
         assert!(Layout::new(0, 1).is_none() && Layout::new(1, 0).is_none());

@@ -12,6 +12,7 @@ mod chain;
 mod config;
 mod device;
 mod inflight;
+mod ledger;
 mod mailbox;
 mod memory;
 mod request;

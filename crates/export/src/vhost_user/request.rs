@@ -197,6 +197,14 @@ impl Work {
         }
     }
 
+    /// Whether it changes the disk, or promises something about changes.
+    pub(super) fn changes(&self) -> bool {
+        match self {
+            Self::Write(..) | Self::Flush | Self::Discard(_) | Self::WriteZeroes(_) => true,
+            Self::Read(..) | Self::Identify(_) | Self::Refuse(_) => false,
+        }
+    }
+
     /// Does it. With `durable` whatever is written is durable afterwards.
     pub(super) async fn carry_out(self, disk: &Disk, serial: &str, durable: bool) -> Status {
         let (what, result) = match self {

@@ -12,13 +12,14 @@
 use super::chain::Chain;
 use super::config::{Features, MAX_QUEUE_SIZE};
 use super::inflight::{Region as InflightRegion, Tracker};
+use super::ledger::Ledger;
 use super::mailbox::Addresses;
 use super::memory::{GuestMap, Memory};
-use super::request::{Request, Terms};
+use super::request::{Request, Status, Terms, Work};
 use disk::Disk;
 use ring::sync::Event;
 use smallvec::SmallVec;
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::fmt;
 use std::os::fd::OwnedFd;
 use std::rc::Rc;
@@ -35,6 +36,21 @@ pub(super) struct Target {
     pub read_only: bool,
     /// What the guest reads as the serial.
     pub serial: String,
+    /// Whether answers hang on this process, for the front end to keep.
+    pub ledger: RefCell<Option<Ledger>>,
+    /// A server before this one was killed with answered writes that are gone now: nothing may be promised any more.
+    pub lost: Cell<bool>,
+}
+
+impl Target {
+    /// Before answers are given, and when tables have become durable.
+    pub(super) fn note(&self) {
+        if let Some(ledger) = &*self.ledger.borrow()
+            && !self.lost.get()
+        {
+            ledger.note(self.disk.has_unsettled_writes());
+        }
+    }
 }
 
 /// One queue.
@@ -412,7 +428,10 @@ impl Vring {
         let terms = Terms { features: state.features, size: disk.size(), read_only: *read_only };
         let durable = !state.features.write_back();
         for &head in heads {
-            let (work, answer) = state.take(head, map, &terms, again)?.split();
+            let (mut work, answer) = state.take(head, map, &terms, again)?.split();
+            if self.target.lost.get() && work.changes() {
+                work = Work::Refuse(Status::IoError);
+            }
             let this = Rc::clone(self);
             // Detached: the count of running requests is what a stop waits for.
             drop(ring::spawn(async move {
@@ -446,6 +465,7 @@ impl Vring {
     fn publish(self: &Rc<Self>) {
         let mut state = self.state.borrow_mut();
         let Some(map) = state.map.clone().filter(|_| state.placed && !state.done.is_empty()) else { return };
+        self.target.note();
         match state.publish(map.memory()) {
             Ok(true) => state.notify(),
             Ok(false) => {}
