@@ -68,6 +68,8 @@ pub(crate) struct Faults {
     pub(crate) source_hangs: bool,
     /// Reads and writes are done in pieces.
     pub(crate) split: bool,
+    /// Writes to the top take very long: longer than the disk waits before it marks itself as clean.
+    pub(crate) top_hangs: bool,
     /// Reads of the top fail.
     pub(crate) top_read_eio: u64,
     /// Writes to the top fail, some of their sectors written.
@@ -225,6 +227,7 @@ fn faults(dice: &Dice) -> Faults {
             faults.top_no_space = dice.between(0, 10);
             faults.flush_fails = dice.percent(50).then(|| dice.below(30));
         }
+        8 => faults.top_hangs = true,
         _ => {}
     }
     faults

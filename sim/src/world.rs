@@ -29,6 +29,9 @@ pub(crate) const TOP: &str = "top";
 /// How long a hanging source hangs: longer than anybody has patience for, shorter than a phase.
 const HANG: Duration = Duration::from_secs(90);
 
+/// How long a slow write to the top takes.
+const SLOW: Duration = Duration::from_secs(8);
+
 struct File {
     bytes: Rc<MemoryStore>,
     format: Format,
@@ -160,6 +163,10 @@ impl World {
             store.rule(Match::on(Operation::Read).chance(share(faults.top_read_eio)), Action::Fail(Failure::EIO));
         }
         let changes = || Match::on(Operation::Write).or(Operation::Zero);
+        if faults.top_hangs {
+            let (skip, times) = (self.dice.below(60), self.dice.between(1, 4));
+            store.rule(changes().skip(skip).times(times), Action::Delay(SLOW));
+        }
         if faults.top_write_eio > 0 {
             let skip = self.dice.below(40);
             store.rule(changes().chance(share(faults.top_write_eio)).skip(skip), Action::Tear(Failure::EIO));

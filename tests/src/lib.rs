@@ -10,6 +10,7 @@
 
 pub mod guest;
 pub mod headwater;
+pub mod kill;
 pub mod master;
 pub mod nbd;
 pub mod nbdkit;

@@ -5,6 +5,7 @@
 #![forbid(unsafe_code)]
 
 mod bench;
+mod kill;
 mod peers;
 mod sim;
 mod test;
@@ -31,6 +32,8 @@ enum Command {
     Test(test::Options),
     /// Measure headwater beside qemu-storage-daemon on the same files
     Bench(bench::Options),
+    /// Kill a daemon under load, again and again, and look for lost bytes
+    Kill(kill::Options),
     /// Simulate the stack below the exports: seeds, faults, power cuts
     Sim(sim::Options),
     /// `headwater demo` from a release build; further arguments go to it
@@ -47,6 +50,7 @@ fn main() -> ExitCode {
         Command::Peers(options) => peers::run(&workspace, &options),
         Command::Test(options) => test::run(&workspace, &options),
         Command::Bench(options) => bench::run(&workspace, &options),
+        Command::Kill(options) => kill::run(&workspace, &options),
         Command::Sim(options) => sim::run(&workspace, &options),
         Command::Demo { args } => {
             workspace.cargo().args(["run", "--release", "--package", "headwater", "--", "demo"]).args(args).run()

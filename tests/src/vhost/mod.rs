@@ -8,11 +8,14 @@ mod ring;
 
 use std::fmt;
 use std::fs::File;
+use std::os::fd::AsRawFd;
 use std::path::Path;
 use std::time::Duration;
 
 use rustix::fs::{MemfdFlags, memfd_create};
-use vhost::vhost_user::message::{VhostUserConfigFlags, VhostUserHeaderFlag, VhostUserProtocolFeatures};
+use vhost::vhost_user::message::{
+    VhostUserConfigFlags, VhostUserHeaderFlag, VhostUserInflight, VhostUserProtocolFeatures,
+};
 use vhost::vhost_user::{Frontend, VhostUserFrontend};
 use vhost::{VhostBackend, VhostUserMemoryRegionInfo, VringConfigData};
 use virtio_bindings::virtio_blk;
@@ -54,11 +57,13 @@ pub struct Options {
     pub event_index: bool,
     /// Put each request's descriptors in a table of their own, if the device can.
     pub indirect: bool,
+    /// Keep the server's record of what is in flight, so that [`Client::reconnect`] loses nothing.
+    pub inflight: bool,
 }
 
 impl Default for Options {
     fn default() -> Self {
-        Options { queues: 1, depth: 32, buffer: 1 << 20, event_index: true, indirect: true }
+        Options { queues: 1, depth: 32, buffer: 1 << 20, event_index: true, indirect: true, inflight: false }
     }
 }
 
@@ -120,11 +125,14 @@ impl std::error::Error for Status {}
 
 /// A connected device with running queues.
 pub struct Client {
+    options: Options,
     frontend: Frontend,
     memory: GuestMemoryMmap,
     rings: Vec<Ring>,
     features: u64,
     config: Vec<u8>,
+    /// The server's record of what is in flight, kept over its death.
+    record: Option<(VhostUserInflight, File)>,
 }
 
 impl fmt::Debug for Client {
@@ -144,47 +152,42 @@ impl Client {
 
     /// Connects, negotiates, and starts the queues.
     pub fn connect_with(socket: &Path, options: Options) -> Result<Client> {
-        let mut frontend = Frontend::connect(socket, u64::from(options.queues))
-            .map_err(|why| error!("connecting to {}: {why}", socket.display()))?;
-        frontend.set_owner()?;
-        let offered = frontend.get_features()?;
-        let mut wanted = BLOCK_FEATURES.iter().fold(1 << VIRTIO_F_VERSION_1, |bits, bit| bits | 1u64 << bit);
-        wanted |= PROTOCOL_FEATURES;
-        if options.event_index {
-            wanted |= 1 << VIRTIO_RING_F_EVENT_IDX;
-        }
-        if options.indirect {
-            wanted |= 1 << VIRTIO_RING_F_INDIRECT_DESC;
-        }
-        let features = offered & wanted;
-        if features & PROTOCOL_FEATURES == 0 {
-            return Err(error!("a vhost-user-blk server without protocol features: {offered:#x}"));
-        }
-        let protocol = frontend.get_protocol_features()?
-            & (VhostUserProtocolFeatures::MQ
-                | VhostUserProtocolFeatures::CONFIG
-                | VhostUserProtocolFeatures::REPLY_ACK);
-        frontend.set_protocol_features(protocol)?;
-        if protocol.contains(VhostUserProtocolFeatures::REPLY_ACK) {
-            frontend.set_hdr_flags(VhostUserHeaderFlag::NEED_REPLY);
-        }
-        frontend.set_features(features)?;
-        let blank = vec![0; CONFIG_SIZE as usize];
-        let (_, config) = frontend.get_config(0, CONFIG_SIZE, VhostUserConfigFlags::empty(), &blank)?;
-
+        let (frontend, features, config) = negotiate(socket, options)?;
         let layout = Layout::new(options.depth, options.buffer);
         let memory = memory(layout.size() * u64::from(options.queues))?;
         let has = |bit: u32| features & (1 << bit) != 0;
-        let mut client = Client { frontend, rings: Vec::new(), features, config, memory };
-        client.frontend.set_mem_table(&client.regions()?)?;
+        let mut client = Client { options, frontend, rings: Vec::new(), features, config, memory, record: None };
         for queue in 0..options.queues {
             let base = GuestAddress(layout.size() * u64::from(queue));
             let memory = client.memory.clone();
-            let ring = Ring::new(memory, base, layout, has(VIRTIO_RING_F_EVENT_IDX), has(VIRTIO_RING_F_INDIRECT_DESC))?;
-            client.start_ring(usize::from(queue), &ring, &layout, base)?;
-            client.rings.push(ring);
+            let indirect = has(VIRTIO_RING_F_INDIRECT_DESC);
+            client.rings.push(Ring::new(memory, base, layout, has(VIRTIO_RING_F_EVENT_IDX), indirect)?);
         }
+        if options.inflight {
+            let wanted = VhostUserInflight::new(0, 0, options.queues, layout.ring_size());
+            client.record = Some(client.frontend.get_inflight_fd(&wanted)?);
+        }
+        client.start()?;
         Ok(client)
+    }
+
+    /// After the server has gone without a word: finds its successor and goes on as QEMU does, with the same memory, rings and
+    /// record.
+    pub fn reconnect(&mut self, socket: &Path) -> Result {
+        let (frontend, features, config) = negotiate(socket, self.options)?;
+        if features != self.features {
+            return Err(error!("the features were {:#x} and are {features:#x} now", self.features));
+        }
+        (self.frontend, self.config) = (frontend, config);
+        self.start()
+    }
+
+    fn start(&mut self) -> Result {
+        self.frontend.set_mem_table(&self.regions()?)?;
+        if let Some((record, file)) = &self.record {
+            self.frontend.set_inflight_fd(record, file.as_raw_fd())?;
+        }
+        (0..self.rings.len()).try_for_each(|queue| self.start_ring(queue))
     }
 
     fn regions(&self) -> Result<Vec<VhostUserMemoryRegionInfo>> {
@@ -193,15 +196,18 @@ impl Client {
     }
 
     /// Tells the server all about a ring, in the order QEMU does.
-    fn start_ring(&mut self, index: usize, ring: &Ring, layout: &Layout, base: GuestAddress) -> Result {
+    fn start_ring(&mut self, index: usize) -> Result {
+        let layout = Layout::new(self.options.depth, self.options.buffer);
+        let base = layout.size() * index as u64;
         // The server is given our own addresses, which is what it finds in the memory table.
         let host = |offset: u64| -> Result<u64> {
-            let address = GuestAddress(base.0 + offset);
+            let address = GuestAddress(base + offset);
             Ok(self.memory.get_host_address(address)? as u64)
         };
         let (descriptors, available, used) = (host(0)?, host(layout.available())?, host(layout.used())?);
+        let ring = &self.rings[index];
         self.frontend.set_vring_num(index, layout.ring_size())?;
-        self.frontend.set_vring_base(index, 0)?;
+        self.frontend.set_vring_base(index, ring.used_index()?)?;
         self.frontend.set_vring_addr(
             index,
             &VringConfigData {
@@ -348,6 +354,43 @@ impl Client {
     pub fn stop(&mut self, queue: usize) -> Result<u32> {
         Ok(self.frontend.get_vring_base(queue)?)
     }
+}
+
+/// Connects and agrees on features; also returns the configuration space.
+fn negotiate(socket: &Path, options: Options) -> Result<(Frontend, u64, Vec<u8>)> {
+    let mut frontend = Frontend::connect(socket, u64::from(options.queues))
+        .map_err(|why| error!("connecting to {}: {why}", socket.display()))?;
+    frontend.set_owner()?;
+    let offered = frontend.get_features()?;
+    let mut wanted = BLOCK_FEATURES.iter().fold(1 << VIRTIO_F_VERSION_1, |bits, bit| bits | 1u64 << bit);
+    wanted |= PROTOCOL_FEATURES;
+    if options.event_index {
+        wanted |= 1 << VIRTIO_RING_F_EVENT_IDX;
+    }
+    if options.indirect {
+        wanted |= 1 << VIRTIO_RING_F_INDIRECT_DESC;
+    }
+    let features = offered & wanted;
+    if features & PROTOCOL_FEATURES == 0 {
+        return Err(error!("a vhost-user-blk server without protocol features: {offered:#x}"));
+    }
+    let mut understood =
+        VhostUserProtocolFeatures::MQ | VhostUserProtocolFeatures::CONFIG | VhostUserProtocolFeatures::REPLY_ACK;
+    if options.inflight {
+        understood |= VhostUserProtocolFeatures::INFLIGHT_SHMFD;
+    }
+    let protocol = frontend.get_protocol_features()? & understood;
+    if options.inflight && !protocol.contains(VhostUserProtocolFeatures::INFLIGHT_SHMFD) {
+        return Err("a vhost-user-blk server that keeps no record of what is in flight".into());
+    }
+    frontend.set_protocol_features(protocol)?;
+    if protocol.contains(VhostUserProtocolFeatures::REPLY_ACK) {
+        frontend.set_hdr_flags(VhostUserHeaderFlag::NEED_REPLY);
+    }
+    frontend.set_features(features)?;
+    let blank = vec![0; CONFIG_SIZE as usize];
+    let (_, config) = frontend.get_config(0, CONFIG_SIZE, VhostUserConfigFlags::empty(), &blank)?;
+    Ok((frontend, features, config))
 }
 
 /// Shared memory from guest address zero on.

@@ -152,6 +152,12 @@ impl Ring {
         self.at(self.layout.requests() + REQUEST * u64::from(slot))
     }
 
+    /// Where the device has come to, as a front end finds out whose device went without a word.
+    pub(super) fn used_index(&self) -> Result<u16> {
+        let index: u16 = self.memory.load(self.at(self.layout.used() + 2), Ordering::Acquire)?;
+        Ok(u16::from_le(index))
+    }
+
     pub(super) fn claim(&mut self) -> Option<u16> {
         self.free.pop()
     }
@@ -262,8 +268,7 @@ impl Ring {
     }
 
     pub(super) fn take(&mut self) -> Result<Option<(u16, u8)>> {
-        let index: u16 = self.memory.load(self.at(self.layout.used() + 2), Ordering::Acquire)?;
-        if u16::from_le(index) == self.used {
+        if self.used_index()? == self.used {
             return Ok(None);
         }
         let place = u64::from(self.used % self.layout.ring_size());
