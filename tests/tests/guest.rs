@@ -122,3 +122,49 @@ fn a_guest_outlives_its_daemon_over_nbd() -> Result {
     assert_eq!(master::file_in(&raw, "/after")?, "after\n");
     Ok(())
 }
+
+/// Killed five times in the middle of the guest's work, with requests in flight. With every answer durable nothing is lost, and the
+/// guest sees no error: what was in flight is taken up from the record that QEMU keeps.
+#[test]
+fn a_guest_outlives_its_daemons_over_vhost_user_blk() -> Result {
+    peer!("headwater", "guest", "qemu-img", "mke2fs", "e2fsck", "debugfs");
+    let dir = tempfile::tempdir()?;
+    let (master, top) = overlay(&dir)?;
+    let socket = dir.path().join("disk.sock");
+    let start = || {
+        let serve = Headwater::serve(dir.path()).image(&top).arg("--copy-on-read").arg("--stream=2M");
+        serve.arg("--cache").arg("directsync").vhost_user(&socket).start()
+    };
+    let mut server = start()?;
+    let script = "mkdir /work\n\
+                  n=0; while [ $n -lt 25 ]; do\n\
+                  dd if=/dev/urandom of=/work/$n bs=32k count=8 conv=fsync 2>/dev/null\n\
+                  (cd /work && sha256sum $n) >>/work/sums\n\
+                  report round $n\n\
+                  n=$((n + 1)); done\n\
+                  sync; echo 3 >/proc/sys/vm/drop_caches\n\
+                  (cd /work && sha256sum -c sums) | grep -c OK >/tmp/right\n\
+                  report right $(cat /tmp/right)\n\
+                  report errors $(dmesg | grep -ciE 'i/o error|ext4-fs error|remount')\n\
+                  verify /\n";
+    let disk = Disk::VhostUser(socket.clone());
+    let mut guest = Guest::new(disk, script).manifest(&master.manifest).boot_from_disk().start()?;
+    for kill in 0..5 {
+        while guest.reported("round", BOOT_PATIENCE)? != (4 * kill + 2).to_string() {}
+        server.daemon.kill()?;
+        drop(server);
+        server = start()?;
+    }
+    let finished = guest.finish(BOOT_PATIENCE)?.ok()?;
+    assert_eq!(finished.get("right")?, "25");
+    assert_eq!(finished.get("errors")?, "0");
+    assert_eq!(finished.get("verified")?, master.manifest.lines().count().to_string());
+    server.quit()?;
+    check(&top)?.ok()?;
+    let raw = dir.path().join("after.raw");
+    let args = ["convert", "-f", "qed", "-O", "raw"].map(OsStr::new);
+    qemu_img(args.into_iter().chain([top.as_os_str(), raw.as_os_str()]))?.ok()?;
+    master::e2fsck(&raw)?.ok()?;
+    assert_eq!(master::file_in(&raw, "/work/sums")?.lines().count(), 25);
+    Ok(())
+}
