@@ -1,7 +1,7 @@
 //! Shows that the simulation can fail: known bugs are planted one at a time in a copy of the tree, and it has to find each.
 
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::Instant;
 
@@ -20,14 +20,19 @@ pub(super) fn run(workspace: &Workspace, only: Option<&str>) -> Outcome {
     let mut missed = 0;
     println!("| planted bug | seeds to catch it | how it shows |\n|---|---:|---|");
     for bug in BUGS.iter().filter(|bug| only.is_none_or(|only| bug.name.contains(only))) {
-        plant(bug, &copy)?;
+        let sound = plant(bug, &copy)?;
         let caught = build(&copy, &target).and_then(|()| hunt(&target));
-        for edit in bug.edits {
-            fs::copy(workspace.root.join(edit.file), copy.join(edit.file)).doing("taking the bug out again")?;
+        // In reverse, as one file may have been edited twice.
+        for (path, text) in sound.into_iter().rev() {
+            fs::write(path, text).doing("taking the bug out again")?;
         }
-        match caught? {
-            Some((seeds, how)) => println!("| {} | {seeds} | {how} |", bug.name),
-            None => {
+        match caught {
+            Ok(Some((seeds, how))) => println!("| {} | {seeds} | {how} |", bug.name),
+            Err(error) => {
+                missed += 1;
+                println!("| {} | **{}** | |", bug.name, error.message);
+            }
+            Ok(None) => {
                 missed += 1;
                 println!("| {} | **not in {RUNS}** | |", bug.name);
             }
@@ -54,7 +59,9 @@ fn copy_tree(workspace: &Workspace, to: &Path) -> Outcome {
     Ok(())
 }
 
-fn plant(bug: &Bug, copy: &Path) -> Outcome {
+/// Returns what stood in the files before.
+fn plant(bug: &Bug, copy: &Path) -> Outcome<Vec<(PathBuf, String)>> {
+    let mut sound = Vec::new();
     for edit in bug.edits {
         let path = copy.join(edit.file);
         let text = fs::read_to_string(&path).doing(edit.file)?;
@@ -62,8 +69,9 @@ fn plant(bug: &Bug, copy: &Path) -> Outcome {
             return Err(Failure::new(format!("'{}' cannot be planted: {} has changed", bug.name, edit.file)));
         }
         fs::write(&path, text.replacen(edit.old, edit.new, 1)).doing(edit.file)?;
+        sound.push((path, text));
     }
-    Ok(())
+    Ok(sound)
 }
 
 fn build(copy: &Path, target: &Path) -> Outcome {
