@@ -39,6 +39,7 @@ impl Inner {
                 // The mapping is durable, so these bytes are all there is to make durable.
                 let through = durable && self.mappings_are_durable();
                 self.write_store(host, from, through).await?;
+                self.wrote_in_place();
                 if through || !durable {
                     return Ok(());
                 }
@@ -59,6 +60,13 @@ impl Inner {
             self.flusher.changed();
         }
         Ok(result?)
+    }
+
+    /// A write in place hangs on tables in memory all the same, if what it wrote to was brought in and not committed yet.
+    fn wrote_in_place(&self) {
+        if !self.mappings_are_durable() {
+            self.flusher.mapped();
+        }
     }
 
     /// The general case: parts in place, parts into new clusters, side by side. Each part takes one lock and looks again
@@ -97,7 +105,9 @@ impl Inner {
             if let Mapping::Data(host) = now.mapping
                 && now.len == range.len()
             {
-                return self.write_store(host, from, false).await;
+                self.write_store(host, from, false).await?;
+                self.wrote_in_place();
+                return Ok(());
             }
         }
         let _held = self.locks.exclusive(range.align_outward(self.unit)).await;
@@ -113,6 +123,7 @@ impl Inner {
             let at = usize_of(rest.start() - range.start());
             if let Mapping::Data(host) = first.mapping {
                 self.write_store(host, from.slice(at..at + usize_of(run.len())), false).await?;
+                self.wrote_in_place();
             } else {
                 // As far as the top has no data: one allocation, if space allows.
                 let mut last = first.mapping;
