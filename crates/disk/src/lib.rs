@@ -110,6 +110,13 @@ pub struct Stats {
 /// **Cancellation.** Dropping the future of a request that changes something (write, zero, discard, populate, resize, finish)
 /// gives up the answer: the request goes on to its end. Dropping a read leaves its memory to operations in flight, as
 /// [`ring`] says.
+///
+/// **One owner.** A disk cannot leave its thread, so nobody can have caches of his own over the same image:
+///
+/// ```compile_fail,E0277
+/// fn leaves_its_thread<T: Send>() {}
+/// leaves_its_thread::<headwater_disk::Disk>();
+/// ```
 pub struct Disk {
     inner: Rc<Inner>,
 }

@@ -11,6 +11,7 @@ mod guest;
 mod hostile;
 mod model;
 mod mutation;
+mod pitfalls;
 mod pressure;
 mod raw;
 mod reference;

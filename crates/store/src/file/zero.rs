@@ -102,3 +102,33 @@ impl FileStore {
         Ok(())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::file::OpenOptions;
+    use crate::{Store, ZeroMode};
+    use ring::{Config, Ring};
+
+    /// As on file systems (and old kernels) that know none of it: the zeros are written.
+    #[test]
+    fn a_file_that_can_neither_punch_nor_zero_is_written() {
+        let folder = tempfile::tempdir().unwrap();
+        for unmap in [false, true] {
+            Ring::new(Config::default()).unwrap().block_on(async {
+                let store = FileStore::create(&folder.path().join("image"), OpenOptions::default()).await.unwrap();
+                store.write(HostOffset(0), Iov::from_slice(&vec![7; 3 << 20]), false).await.unwrap();
+                store.zeroing.no_punch.set(true);
+                store.zeroing.no_zero_range.set(true);
+                let range = HostRange::new(HostOffset(1000), (2 << 20) + 77);
+                store.zero(range, ZeroMode { unmap }).await.unwrap();
+                let all = Iov::alloc(3 << 20);
+                store.read(HostOffset(0), all.clone()).await.unwrap();
+                let mut expected = vec![7; 3 << 20];
+                expected[1000..1000 + (2 << 20) + 77].fill(0);
+                assert!(all.to_vec() == expected);
+                store.close().await.unwrap();
+            });
+        }
+    }
+}

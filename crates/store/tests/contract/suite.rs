@@ -101,6 +101,27 @@ fn large_transfers_keep_their_edges() {
     });
 }
 
+/// One call of the kernel's moves at most 1024 segments, so this comes back short, and has to be continued.
+#[test]
+fn more_segments_than_the_kernel_takes_are_whole() {
+    on_every_store_with(1, async |store| {
+        let bytes = pattern(3, 3000 * 7);
+        let in_pieces = || {
+            let mut all = Iov::empty();
+            bytes.chunks(7).for_each(|piece| all.append(&Iov::from_slice(piece)));
+            all
+        };
+        let from = in_pieces();
+        assert!(from.segments() > 2 * 1024);
+        store.write(HostOffset(11), from, false).await.unwrap();
+        let into = in_pieces();
+        into.fill(0);
+        store.read(HostOffset(11), into.clone()).await.unwrap();
+        assert!(into.to_vec() == bytes);
+        assert_eq!(store.size(), 11 + bytes.len() as u64);
+    });
+}
+
 #[test]
 fn zeroing_zeroes_what_it_was_asked_to_and_no_more() {
     for unmap in [false, true] {

@@ -1,0 +1,96 @@
+//! Bugs that other format engines have shipped, where no other suite here would have caught them (docs/pitfalls.md).
+
+use crate::guest::Guest;
+use crate::subject::subjects;
+use image::{Keep, Purpose};
+use layout::{GuestOffset, GuestRange, HostOffset, HostRange};
+use ring::Iov;
+use ring::sim::Sim;
+use std::cell::RefCell;
+use std::rc::Rc;
+use store::Operation;
+use store::memory::MemoryStore;
+use store::trace::{Moment, Trace, TraceStore};
+
+/// A first-level table that just fits, or just does not, must not reach over what lies next to it: at creation, and when
+/// the disk grows over the boundary.
+#[test]
+fn an_image_works_at_every_size_boundary() {
+    for subject in subjects() {
+        let cluster = subject.cluster_size.unwrap_or(65536);
+        let entries = cluster * u64::from(subject.table_size.unwrap_or(4)) / 8;
+        let table = cluster * entries;
+        let most = (table * entries).min(64 << 40);
+        let sizes =
+            [512, cluster - 512, cluster, cluster + 512, table - 512, table, table + 512, 8 * table, most / 2, most];
+        for size in sizes.into_iter().filter(|size| *size <= most) {
+            Sim::new(1).block_on(async {
+                let memory = MemoryStore::new("test.img", 0);
+                subject.create(memory.clone(), size, None).await;
+                subject.assert_clean(memory.clone()).await;
+                let guest = Guest::new(subject.open(memory.clone()).await.unwrap(), &[]);
+                for at in [0, size / 2 / 512 * 512, size - 512] {
+                    guest.write(at, &[7; 512]).await.unwrap();
+                }
+                let mut grown = size;
+                if size < most {
+                    grown = (size + table).min(most);
+                    guest.image.resize(grown).await.unwrap();
+                    guest.write(grown - 512, &[8; 512]).await.unwrap();
+                }
+                guest.image.close().await.unwrap();
+                subject.assert_clean(memory.clone()).await;
+                let guest = Guest::new(subject.open(memory).await.unwrap(), &[]);
+                for at in [0, size / 2 / 512 * 512, size - 512] {
+                    assert_eq!(guest.read(at, 512).await.unwrap(), [7; 512], "{} of {size} at {at}", subject.name);
+                }
+                if grown > size {
+                    assert_eq!(guest.read(grown - 512, 512).await.unwrap(), [8; 512]);
+                }
+                guest.image.close().await.unwrap();
+            });
+        }
+    }
+}
+
+/// No write of the guest's ever meets a place that the image writes tables or its header to, however the two alternate.
+#[test]
+fn guest_data_leaves_header_and_tables_alone() {
+    for subject in subjects() {
+        for seed in 0..4 {
+            Sim::new(seed).block_on(async {
+                let memory = MemoryStore::new("test.img", 0);
+                subject.create(memory.clone(), 64 << 20, None).await;
+                let trace = Trace::keeping(1 << 16);
+                let image = subject.open(TraceStore::new(memory, trace.clone())).await.unwrap();
+                let cluster = image.cluster_size();
+                let data: Rc<RefCell<Vec<HostRange>>> = Rc::default();
+                for n in 0..120_u64 {
+                    let at = GuestOffset((n * 7919 * (seed + 1) * cluster) % (64 << 20) / cluster * cluster);
+                    let reservation = image.reserve(GuestRange::new(at, cluster), Purpose::Data).await.unwrap();
+                    let host = reservation.host().unwrap();
+                    image.store().write(host, Iov::zeroed(cluster as usize), false).await.unwrap();
+                    // Some are given up.
+                    if n % 5 != 0 {
+                        data.borrow_mut().push(host.range(cluster));
+                        let _ = reservation.link(Keep::Unallocated, |_| false);
+                    }
+                    if n % 7 == 0 {
+                        image.commit().await.unwrap();
+                    }
+                }
+                image.commit().await.unwrap();
+                let began = trace.records().into_iter().filter(|r| r.moment == Moment::Started);
+                let writes = began.filter(|r| r.operation == Operation::Write).filter_map(|r| r.range);
+                let of_the_guest = |range: &HostRange| range.len() == cluster && data.borrow().contains(range);
+                let (guests, own): (Vec<_>, Vec<_>) = writes.partition(of_the_guest);
+                assert!(!guests.is_empty() && own.iter().any(|range| range.start() == HostOffset::ZERO));
+                for range in own {
+                    let met = guests.iter().find(|guest| guest.overlaps(range) && range.len() != cluster);
+                    assert_eq!(met, None, "{}: the image wrote {range}", subject.name);
+                }
+                image.close().await.unwrap();
+            });
+        }
+    }
+}
