@@ -114,8 +114,9 @@ impl Mover {
         if wanted == 0 {
             return true;
         }
+        // Also tables that will move: a window is cleared before its table is copied, so it must hold no part of any.
         let mut fixed: Vec<Range<u64>> =
-            scan.tables.iter().map(|(_, at)| self.clusters(*at)).filter(|c| c.end <= self.target).collect();
+            scan.tables.iter().map(|(_, at)| self.clusters(*at)).filter(|c| c.start < self.target).collect();
         fixed.push(self.clusters(self.core.header.get().l1_table));
         fixed.push(self.target..self.target);
         fixed.sort_by_key(|range| range.start);

@@ -424,3 +424,40 @@ fn an_entry_without_space_while_holes_are_filled_leaves_need_check() {
         });
     }
 }
+
+/// A table has to move towards the front by fewer clusters than it is long: where it goes must not be cleared while half of
+/// it still lies there.
+#[test]
+fn a_table_that_moves_by_less_than_its_length_survives() {
+    each_seeded(4, async |bench| {
+        let Bench { subject, memory, guest, .. } = bench;
+        let cluster = guest.image.cluster_size();
+        let entries = cluster * u64::from(subject.table_size.unwrap_or(4)) / 8;
+        let second = entries * cluster;
+        if second >= SIZE {
+            guest.image.resize(second + SIZE).await.unwrap();
+        }
+        let mark = async |at: u64| {
+            let marks = guest.image.reserve(range(at, cluster), Purpose::Zero).await.unwrap();
+            assert_eq!(marks.link(Keep::New, |_| false).linked, cluster);
+        };
+        mark(cluster).await;
+        let hole = guest.image.reserve(range(0, cluster), Purpose::Data).await.unwrap();
+        // A table and nothing else: it ends the file.
+        mark(second).await;
+        mark(second + 5 * cluster).await;
+        drop(hole);
+        guest.image.close().await.unwrap();
+        subject.assert_clean(memory.clone()).await;
+        let guest = Guest::new(subject.open(memory).await.unwrap(), &[9; 9000]);
+        for at in [cluster, second, second + 5 * cluster] {
+            assert_eq!(
+                guest.mapping(range(at, 512)).await.unwrap().mapping,
+                image::Mapping::Zero,
+                "{}: {at}",
+                subject.name
+            );
+        }
+        guest.image.close().await.unwrap();
+    });
+}
