@@ -5,6 +5,7 @@
 #![forbid(unsafe_code)]
 
 mod bench;
+mod fuzz;
 mod kill;
 mod peers;
 mod sim;
@@ -32,6 +33,8 @@ enum Command {
     Test(test::Options),
     /// Measure headwater beside qemu-storage-daemon on the same files
     Bench(bench::Options),
+    /// Feed parsers, servers and images with what nobody would send
+    Fuzz(fuzz::Options),
     /// Kill a daemon under load, again and again, and look for lost bytes
     Kill(kill::Options),
     /// Simulate the stack below the exports: seeds, faults, power cuts
@@ -50,6 +53,7 @@ fn main() -> ExitCode {
         Command::Peers(options) => peers::run(&workspace, &options),
         Command::Test(options) => test::run(&workspace, &options),
         Command::Bench(options) => bench::run(&workspace, &options),
+        Command::Fuzz(options) => fuzz::run(&workspace, &options),
         Command::Kill(options) => kill::run(&workspace, &options),
         Command::Sim(options) => sim::run(&workspace, &options),
         Command::Demo { args } => {

@@ -102,21 +102,6 @@ pub(super) const BUGS: &[Bug] = &[
         )],
     },
     Bug {
-        name: "copying links what a guest is writing",
-        edits: &[
-            edit(
-                "crates/disk/src/populate.rs",
-                "reservation.link(Keep::Unallocated, |at| self.locks.is_exclusively_held(at));",
-                "reservation.link(Keep::Unallocated, |_| false);",
-            ),
-            edit(
-                "crates/disk/src/populate.rs",
-                "Ok(if taken || self.locks.is_exclusively_held(cluster.start()) {",
-                "Ok(if taken {",
-            ),
-        ],
-    },
-    Bug {
         name: "a write that allocates does not hold its clusters exclusively",
         edits: &[edit(
             "crates/disk/src/write.rs",

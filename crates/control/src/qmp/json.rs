@@ -116,6 +116,14 @@ impl Framer {
     }
 }
 
+/// For fuzz/: all that a stream of these bytes holds, and how much is held back at its end.
+#[cfg(feature = "fuzzing")]
+pub(crate) fn framed(bytes: &[u8]) -> (Vec<Framed>, usize) {
+    let mut framer = Framer::default();
+    let values = bytes.iter().filter_map(|byte| framer.take(*byte)).collect();
+    (values, framer.value.len())
+}
+
 /// Reads one whole value.
 pub(crate) fn parse(text: &[u8]) -> Framed {
     let mut reader = Reader { text, at: 0, depth: 0 };

@@ -220,3 +220,9 @@ async fn next_event(events: &mut Option<mpsc::Receiver<Stamped>>) -> Option<Stam
         None => pending().await,
     }
 }
+
+/// For fuzz/: all that a stream of these bytes holds (mistakes as their texts), and how many bytes are held back at its end.
+#[cfg(feature = "fuzzing")]
+pub fn framed(bytes: &[u8]) -> (Vec<Result<serde_json::Value, String>>, usize) {
+    json::framed(bytes)
+}

@@ -187,18 +187,14 @@ impl GuestMap {
     }
 
     /// A map over memory of this process, at the same addresses for guest and front end.
-    #[cfg(test)]
+    #[cfg(any(test, feature = "fuzzing"))]
     pub(super) fn anonymous(ranges: &[(u64, usize)]) -> Rc<Self> {
+        let mapped = |guest, len| GuestRegionMmap::from_range(GuestAddress(guest), len, None).expect("some memory");
         let regions = ranges
             .iter()
-            .map(|&(guest, len)| Region {
-                guest,
-                user: guest,
-                len: len as u64,
-                mapping: Arc::new(GuestRegionMmap::from_range(GuestAddress(guest), len, None).unwrap()),
-            })
+            .map(|&(guest, len)| Region { guest, user: guest, len: len as u64, mapping: Arc::new(mapped(guest, len)) })
             .collect();
-        Rc::new(Table { regions }.to_map().unwrap())
+        Rc::new(Table { regions }.to_map().expect("there are regions"))
     }
 }
 

@@ -11,6 +11,8 @@
 mod chain;
 mod config;
 mod device;
+#[cfg(feature = "fuzzing")]
+pub mod fuzzing;
 mod inflight;
 mod ledger;
 mod mailbox;
