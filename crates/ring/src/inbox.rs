@@ -1,11 +1,8 @@
 //! The inbox: the only way from another thread into a ring. Bounded; waking goes through the ring itself.
 //!
-//! **Who wakes whom.** Everything that comes from outside stands behind one mutex, and so does the flag `asleep`. The
-//! ring sets it, in the same critical section in which it finds the inbox empty, right before it sleeps in the kernel;
-//! whoever puts something in clears it and, if it was set, writes the eventfd that the sleeping ring waits on. So no
-//! wake-up is lost, and a ring that is awake costs no system call. `pending` only spares the ring the lock while it is
-//! awake and nothing came: a stale `false` is corrected by the locked look before it sleeps.
+//! Who wakes whom is the affair of its [`Door`].
 
+use crate::door::{Door, Holds, Wake};
 use crate::oneshot;
 use crate::runtime;
 use crate::task::{Entry, LocalQueue, Outcome, Ready};
@@ -15,8 +12,7 @@ use std::future::Future;
 use std::io;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::pin::Pin;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 use std::task::{Context, Poll};
 
 /// The ring has stopped.
@@ -38,28 +34,9 @@ pub(crate) type Message = Box<dyn FnOnce() + Send>;
 pub(crate) struct Inbox {
     /// Tasks that can run, of the ring's own thread.
     pub(crate) local: LocalQueue,
-    outside: Mutex<Outside>,
-    pending: AtomicBool,
-    /// Told when messages have been taken out, or the inbox was closed.
-    space: Condvar,
-    capacity: usize,
+    outside: Door<Collected>,
     /// What a sleeping ring waits on; a simulated one has none and never sleeps.
     eventfd: Option<OwnedFd>,
-}
-
-#[derive(Default)]
-struct Outside {
-    messages: VecDeque<Message>,
-    ready: Vec<Ready>,
-    completions: Vec<(u32, i32)>,
-    asleep: bool,
-    closed: bool,
-}
-
-impl Outside {
-    fn is_empty(&self) -> bool {
-        self.messages.is_empty() && self.ready.is_empty() && self.completions.is_empty()
-    }
 }
 
 /// What the ring took out at once.
@@ -69,6 +46,16 @@ pub(crate) struct Collected {
     pub(crate) ready: Vec<Ready>,
     /// Results of operations that helper threads carried out: slot and result as the kernel gives it.
     pub(crate) completions: Vec<(u32, i32)>,
+}
+
+impl Holds for Collected {
+    fn is_empty(&self) -> bool {
+        self.messages.is_empty() && self.ready.is_empty() && self.completions.is_empty()
+    }
+
+    fn bounded(&self) -> usize {
+        self.messages.len()
+    }
 }
 
 impl Inbox {
@@ -85,14 +72,7 @@ impl Inbox {
         } else {
             None
         };
-        Ok(Self {
-            local: LocalQueue::new(),
-            outside: Mutex::default(),
-            pending: AtomicBool::new(false),
-            space: Condvar::new(),
-            capacity: capacity.max(1),
-            eventfd,
-        })
+        Ok(Self { local: LocalQueue::new(), outside: Door::new(capacity), eventfd })
     }
 
     /// The descriptor that becomes readable when a sleeping ring must wake.
@@ -100,48 +80,31 @@ impl Inbox {
         self.eventfd.as_ref().map(|fd| fd.as_raw_fd())
     }
 
-    fn lock(&self) -> MutexGuard<'_, Outside> {
-        // Nothing that can panic runs while the lock is held (the allocator aborts).
-        self.outside.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
     /// Makes something runnable, from any thread.
     pub(crate) fn schedule(&self, ready: Ready) {
         match self.local.push(ready) {
             Ok(()) => {}
-            Err(ready) => self.put(self.lock(), |outside| outside.ready.push(ready)),
+            Err(ready) => self.rung(self.outside.put(|outside| outside.ready.push(ready))),
         }
     }
 
     /// Reports an operation that a helper thread carried out.
     pub(crate) fn complete(&self, slot: u32, result: i32) {
-        self.put(self.lock(), |outside| outside.completions.push((slot, result)));
+        self.rung(self.outside.put(|outside| outside.completions.push((slot, result))));
     }
 
     /// Hands a message over; it comes back when the ring has stopped.
     fn post(&self, message: Message) -> Result<(), Closed> {
-        let mut outside = self.lock();
         // The ring's own thread is the one that makes space: it must not wait for itself.
-        if !self.local.is_mine() {
-            while outside.messages.len() >= self.capacity && !outside.closed {
-                outside = self.space.wait(outside).unwrap_or_else(PoisonError::into_inner);
-            }
-        }
-        if outside.closed {
-            drop(outside);
-            drop(message);
-            return Err(Closed);
-        }
-        self.put(outside, |outside| outside.messages.push_back(message));
+        let waits = !self.local.is_mine();
+        let mut message = Some(message);
+        let put = self.outside.put_if_open(waits, |outside| outside.messages.extend(message.take()));
+        self.rung(put.ok_or(Closed)?);
         Ok(())
     }
 
-    fn put(&self, mut outside: MutexGuard<'_, Outside>, what: impl FnOnce(&mut Outside)) {
-        what(&mut outside);
-        self.pending.store(true, Ordering::Relaxed);
-        let asleep = std::mem::take(&mut outside.asleep);
-        drop(outside);
-        if asleep {
+    fn rung(&self, wake: Wake) {
+        if wake.0 {
             self.ring_the_bell();
         }
     }
@@ -161,40 +124,22 @@ impl Inbox {
 
     /// Takes everything out (by the ring's thread). `into` must be empty; its allocations are used again.
     pub(crate) fn collect(&self, into: &mut Collected) {
-        if !self.pending.load(Ordering::Relaxed) {
-            return;
-        }
-        let mut outside = self.lock();
-        self.pending.store(false, Ordering::Relaxed);
-        std::mem::swap(&mut outside.messages, &mut into.messages);
-        std::mem::swap(&mut outside.ready, &mut into.ready);
-        std::mem::swap(&mut outside.completions, &mut into.completions);
-        drop(outside);
-        if !into.messages.is_empty() {
-            self.space.notify_all();
-        }
+        self.outside.take(into);
     }
 
     /// Announces that the ring is about to sleep; `false` when something has come and it must not.
     pub(crate) fn prepare_sleep(&self) -> bool {
-        let mut outside = self.lock();
-        outside.asleep = outside.is_empty();
-        outside.asleep
+        self.outside.prepare_sleep()
     }
 
     /// The ring is awake again.
     pub(crate) fn woke(&self) {
-        self.lock().asleep = false;
+        self.outside.woke();
     }
 
     /// Takes no more messages and drops those that wait.
     pub(crate) fn close(&self) {
-        let mut outside = self.lock();
-        outside.closed = true;
-        let messages = std::mem::take(&mut outside.messages);
-        drop(outside);
-        self.space.notify_all();
-        drop(messages);
+        drop(self.outside.close(|outside| std::mem::take(&mut outside.messages)));
     }
 }
 

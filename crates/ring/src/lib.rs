@@ -17,6 +17,7 @@ pub mod lock;
 pub mod sim;
 pub mod sync;
 
+mod door;
 mod executor;
 mod file;
 mod inbox;

@@ -163,7 +163,9 @@ impl Tracker {
     pub(super) fn begin(&self, head: u16) {
         let counter = self.counter.get();
         self.counter.set(counter.wrapping_add(1));
-        if let Some(cell) = self.cell64(state(head) + OF_COUNTER) {
+        if let Some(cell) = self.cell64(state(head) + OF_COUNTER)
+            && kill::survived()
+        {
             cell.store(counter, Ordering::Release);
         }
         self.mark(head, true);
@@ -219,7 +221,9 @@ impl Tracker {
     }
 
     fn mark(&self, head: u16, inflight: bool) {
-        if let Some(cell) = self.cell8(state(head) + OF_INFLIGHT) {
+        if let Some(cell) = self.cell8(state(head) + OF_INFLIGHT)
+            && kill::survived()
+        {
             cell.store(u8::from(inflight), Ordering::Release);
         }
     }
@@ -231,7 +235,9 @@ impl Tracker {
     }
 
     fn set16(&self, at: usize, value: u16) {
-        if let Ok(cell) = self.mapping.get_atomic_ref::<AtomicU16>(self.base + at) {
+        if let Ok(cell) = self.mapping.get_atomic_ref::<AtomicU16>(self.base + at)
+            && kill::survived()
+        {
             cell.store(value, Ordering::Release);
         }
     }
@@ -242,6 +248,33 @@ impl Tracker {
 
     fn cell64(&self, at: usize) -> Option<&AtomicU64> {
         self.mapping.get_atomic_ref(self.base + at).ok()
+    }
+}
+
+/// Where a kill may come: before every store.
+#[cfg(not(test))]
+mod kill {
+    #[inline(always)]
+    pub(super) fn survived() -> bool {
+        true
+    }
+}
+
+#[cfg(test)]
+mod kill {
+    use std::cell::Cell;
+
+    thread_local!(static LEFT: Cell<usize> = const { Cell::new(usize::MAX) });
+
+    /// From now on only so many stores happen.
+    pub(super) fn comes_after(stores: usize) {
+        LEFT.set(stores);
+    }
+
+    pub(super) fn survived() -> bool {
+        let left = LEFT.get();
+        LEFT.set(left.saturating_sub(1));
+        left > 0
     }
 }
 
@@ -285,6 +318,72 @@ mod tests {
             tracker.begin(4);
             tracker.publish(4);
             assert_eq!(region.queue(1, 8).unwrap().recover(used).unwrap(), want);
+        }
+    }
+
+    /// A queue and its server, of which every store is the last one some time.
+    struct Life {
+        tracker: Tracker,
+        /// Heads as they were made available, how many of them were taken, and the used ring with its index.
+        available: Vec<u16>,
+        taken: usize,
+        used: Vec<u16>,
+        used_index: u16,
+    }
+
+    impl Life {
+        fn take(&mut self, head: u16) {
+            self.available.push(head);
+            self.tracker.begin(head);
+            self.taken += 1;
+        }
+
+        /// As [`super::super::vring`] gives back.
+        fn give_back(&mut self, head: u16) {
+            self.tracker.publish(head);
+            if kill::survived() {
+                self.used.push(head);
+            }
+            if kill::survived() {
+                self.used_index += 1;
+            }
+            self.tracker.end(head, self.used.len() as u16);
+        }
+    }
+
+    /// Whatever store is the last one, and however the next server dies over what it takes up: every request is either in
+    /// the used ring, or taken up again, or still to be taken; none of them twice.
+    #[test]
+    fn a_kill_between_any_two_stores_loses_and_doubles_nothing() {
+        type Step = (bool, u16);
+        let lives: [&[Step]; 3] = [
+            &[(true, 3), (true, 1), (false, 1), (true, 0), (false, 3), (true, 1), (false, 0), (false, 1)],
+            &[(true, 0), (false, 0), (true, 0), (false, 0), (true, 2), (true, 3), (false, 2), (false, 3)],
+            &[(true, 0), (true, 1), (true, 2), (true, 3), (false, 3), (false, 1), (true, 3), (false, 0)],
+        ];
+        for steps in lives {
+            for stores in 0..80 {
+                let (region, tracker) = tracker(4);
+                let mut life = Life { tracker, available: Vec::new(), taken: 0, used: Vec::new(), used_index: 0 };
+                kill::comes_after(stores);
+                for (takes, head) in steps {
+                    if *takes { life.take(*head) } else { life.give_back(*head) }
+                }
+                kill::comes_after(usize::MAX);
+                // What stands in the used ring behind its index is not there.
+                let used = &life.used[..usize::from(life.used_index)];
+                let again = region.queue(1, 4).unwrap().recover(life.used_index).unwrap();
+                // Where the next server goes on taking.
+                let next = used.len() + again.len();
+                let mut accounted: Vec<u16> = used.iter().chain(&again).copied().collect();
+                assert!(next <= life.available.len(), "{steps:?}, {stores} stores: {used:?} {again:?}");
+                let mut expected = life.available[..next].to_vec();
+                accounted.sort_unstable();
+                expected.sort_unstable();
+                assert_eq!(accounted, expected, "{steps:?}, {stores} stores: used {used:?}, again {again:?}");
+                // And once more, before the next server has done anything.
+                assert_eq!(region.queue(1, 4).unwrap().recover(life.used_index).unwrap(), again);
+            }
         }
     }
 
