@@ -7,7 +7,8 @@
 //!
 //! # What must hold
 //! * Every read is legal by the oracle: it knows every change to every sector, and when it began, ended and became durable.
-//! * Errors are only what the phase's faults explain; a poisoned image refuses changes and flushes, and goes on reading.
+//! * Errors are only what the phase's faults explain; after a failed flush every flush fails; a poisoned image
+//!   refuses changes, and goes on reading.
 //! * A stream's progress never runs backwards; one that ended well ignored no error; its end is durable.
 //! * **Every state that a power cut may leave**, at any moment: it opens, is clean, shows only legal sectors, and names a
 //!   backing file it may name.

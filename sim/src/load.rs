@@ -167,7 +167,7 @@ impl Queue {
     }
 
     async fn flush(&self) {
-        let poisoned = self.is_poisoned();
+        let (poisoned, failed) = (self.is_poisoned(), self.context.flush_has_failed.get());
         let began = self.context.oracle.borrow_mut().began();
         let done = self.disk.flush().await;
         if self.context.is_over() {
@@ -175,8 +175,12 @@ impl Queue {
         }
         match done {
             Ok(()) if poisoned => self.context.fail("a flush succeeded on a poisoned image".to_owned()),
+            Ok(()) if failed => self.context.fail("a flush succeeded after another had failed".to_owned()),
             Ok(()) => self.context.oracle.borrow_mut().flushed(began),
-            Err(error) => self.excuse("a flush", &error, self.faults.top_may_fail()),
+            Err(error) => {
+                self.context.flush_has_failed.set(true);
+                self.excuse("a flush", &error, self.faults.top_may_fail());
+            }
         }
     }
 

@@ -85,6 +85,8 @@ pub(crate) struct Context {
     trouble: RefCell<Option<String>>,
     cuts: RefCell<Vec<Cut>>,
     backings: RefCell<Vec<Option<String>>>,
+    /// From then on every flush fails, until the disk is opened anew.
+    pub(crate) flush_has_failed: Cell<bool>,
     dark: Cell<bool>,
     closing: Cell<bool>,
     growing: Cell<bool>,
@@ -194,6 +196,7 @@ async fn whole(seed: u64, options: Options) -> Result<Tally, String> {
         trouble: RefCell::default(),
         cuts: RefCell::default(),
         backings: RefCell::new(vec![below]),
+        flush_has_failed: Cell::new(false),
         dark: Cell::new(false),
         closing: Cell::new(false),
         growing: Cell::new(false),
@@ -210,6 +213,7 @@ async fn whole(seed: u64, options: Options) -> Result<Tally, String> {
 }
 
 async fn one_phase(context: &Rc<Context>, phase: &Phase, dice: &Dice) -> Result<(), String> {
+    context.flush_has_failed.set(false);
     context.dark.set(false);
     context.closing.set(false);
     context.growing.set(false);
