@@ -21,7 +21,6 @@ const fn edit(file: &'static str, old: &'static str, new: &'static str) -> Edit 
 
 const COMMIT: &str = "crates/image/src/qed/commit.rs";
 const HEADER: &str = "crates/image/src/qed/header.rs";
-const ALLOCATE: &str = "crates/image/src/qed/allocate.rs";
 const SPACE: &str = "crates/image/src/qed/space.rs";
 
 /// All of them.
@@ -191,10 +190,6 @@ pub(super) const BUGS: &[Bug] = &[
             "result.map_err(|e| self.fail(e.into()))\n    }\n}",
             "result.map_err(Into::into)\n    }\n}",
         )],
-    },
-    Bug {
-        name: "an old table's remains are taken for a new table",
-        edits: &[edit(ALLOCATE, "        if !held.zeroed {\n", "        if held.range.is_empty() {\n")],
     },
 ];
 
