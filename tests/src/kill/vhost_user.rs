@@ -60,7 +60,9 @@ pub(super) fn life(bench: &mut Bench, until: u32) -> Result {
     while bench.figures.kills < until && info(&bench.top)?.get("backing-filename").is_some() {
         let mut server = serve(bench, &socket)?;
         let qmp = bench.stream_perhaps(&server)?;
-        let at_work = arrive(guest.take(), &socket)?;
+        let arrived = arrive(guest.take(), &socket);
+        let at_work =
+            arrived.map_err(|why| error!("no front end arrives: {why}; the server says:\n{}", server.daemon.log()))?;
         // Now and then right into what the new server takes up.
         let most = if bench.random.below(4) == 0 { 2_000 } else { 60_000 };
         let killer = killer(&server, Duration::from_micros(bench.random.below(most)))?;
@@ -109,6 +111,18 @@ fn arrive(guest: Option<Guest>, socket: &Path) -> Result<Guest> {
     }
 }
 
+/// Whether the server is dead, or soon is.
+fn dies(lives: &mut impl FnMut() -> bool) -> bool {
+    let deadline = Instant::now() + Duration::from_secs(5);
+    while lives() {
+        if Instant::now() > deadline {
+            return false;
+        }
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    true
+}
+
 impl Guest {
     /// Takes up what was left, then works until the server dies; what is left of the front end then.
     fn live(mut self, bench: &mut Bench, socket: &Path, lives: &mut impl FnMut() -> bool) -> Result<Option<Self>> {
@@ -120,7 +134,8 @@ impl Guest {
                 drop(self);
                 self = match connect(socket) {
                     Ok(fresh) => fresh,
-                    Err(_) if !lives() => return Ok(None),
+                    // A dying process closes its sockets before it is dead.
+                    Err(_) if dies(lives) => return Ok(None),
                     Err(error) => return Err(error),
                 };
             }
