@@ -127,6 +127,13 @@ async fn open_layers(opener: &dyn Opener, name: &str, options: &ChainOptions, la
         let Some(backing) = above.backing() else { return Ok(()) };
         let referrer = above.store().name();
         let refuse = |what: String| Error::new(ErrorKind::Chain, referrer, None, what);
+        if backing.format.is_none() && !above.may_probe_backing() {
+            return Err(refuse(format!(
+                "it names its backing file '{0}' without a format, and a guess would leave it to the guest what is opened; \
+                 state it: 'qemu-img rebase -u -b {0} -F FORMAT {1}'",
+                backing.name, referrer
+            )));
+        }
         if layers.len() >= MAX_DEPTH {
             return Err(refuse(format!("the chain of backing files is longer than {MAX_DEPTH} images")));
         }

@@ -71,6 +71,7 @@ impl View {
                 (len, Backing::Data) => (Class::Copy, len),
                 (len, Backing::Hole) => up_to_base_end(Class::Mask, len),
             },
+            Found::Packed(_) => (Class::Copy, run.len),
             Found::Zero(_) | Found::PastEnd(_) => up_to_base_end(Class::Mask, run.len),
             Found::Nothing => up_to_base_end(Class::Base, run.len),
         })
@@ -122,7 +123,7 @@ impl Inner {
             }
             let top = mapped(&*self.top, rest).await?;
             let (class, len) = match top.mapping {
-                Mapping::Data(_) | Mapping::Zero => (Class::Zeros, top.len),
+                Mapping::Data(_) | Mapping::Packed | Mapping::Zero => (Class::Zeros, top.len),
                 Mapping::Unallocated => view.class_of_clusters(rest.first(top.len), self.unit, above).await?,
             };
             match &mut found {

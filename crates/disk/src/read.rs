@@ -63,6 +63,8 @@ enum Piece {
     Top { range: GuestRange, at: usize, host: HostOffset },
     /// From the store of a layer below.
     Below { layer: usize, at: usize, len: usize, host: HostOffset },
+    /// Packed, in the store of a layer (the top is 0).
+    Packed { layer: usize, range: GuestRange, at: usize },
     /// From the memory of a fetch.
     Fetched { fetch: Rc<Fetch>, range: GuestRange, at: usize },
 }
@@ -106,6 +108,7 @@ impl Inner {
             let run = rest.first(len);
             match mapping {
                 Mapping::Data(host) => pieces.push(Piece::Top { range: run, at, host }),
+                Mapping::Packed => pieces.push(Piece::Packed { layer: 0, range: run, at }),
                 Mapping::Zero => into.slice(at..at + usize_of(len)).fill(0),
                 Mapping::Unallocated if self.keeps_what_it_reads(&view) => {
                     self.plan_copy_on_read(&view, run, at, into, &mut pieces).await?;
@@ -137,7 +140,7 @@ impl Inner {
         while !rest.is_empty() {
             let at = at + usize_of(rest.start() - run.start());
             let below = view.resolve(1, view.depth(), rest).await?;
-            let Found::Data(..) = below.found else {
+            let (Found::Data(..) | Found::Packed(_)) = below.found else {
                 into.slice(at..at + usize_of(below.len)).fill(0);
                 rest = rest.skip(below.len);
                 continue;
@@ -179,6 +182,14 @@ impl Inner {
                 self.counters.fetched(len as u64);
                 Ok(())
             }
+            Piece::Packed { layer, range, at } => {
+                let into = into.slice(at..at + usize_of(range.len()));
+                view.image(layer).unpack(range, into).await?;
+                if layer > 0 {
+                    self.counters.fetched(range.len());
+                }
+                Ok(())
+            }
             Piece::Fetched { fetch, range, at } => {
                 let into = into.slice(at..at + usize_of(range.len()));
                 match fetch.data().await {
@@ -214,6 +225,7 @@ async fn plan_below(view: &View, run: GuestRange, at: usize, into: &Iov, pieces:
         let len = usize_of(below.len);
         match below.found {
             Found::Data(layer, host) => pieces.push(Piece::Below { layer, at, len, host }),
+            Found::Packed(layer) => pieces.push(Piece::Packed { layer, range: rest.first(below.len), at }),
             Found::Zero(_) | Found::PastEnd(_) | Found::Nothing => into.slice(at..at + len).fill(0),
         }
         rest = rest.skip(below.len);

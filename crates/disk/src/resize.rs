@@ -62,8 +62,8 @@ impl Inner {
                 Ok(result?)
             }
             Mapping::Unallocated if self.view().below_ends() <= used.end().get() => Ok(()),
-            Mapping::Unallocated => {
-                let Fill::Bytes(data) = self.fill(cluster, Mapping::Unallocated).await? else {
+            mapping @ (Mapping::Unallocated | Mapping::Packed) => {
+                let Fill::Bytes(data) = self.fill(cluster, mapping).await? else {
                     return self.drop_held(used, false).await;
                 };
                 let reservation = self.reserve(cluster, Purpose::Data).await?;

@@ -43,6 +43,7 @@ impl Inner {
                 let (len, backing) = view.stored(depth, host, len).await?;
                 Status { len, zero: backing == Backing::Hole, allocated: true, depth, host: Some(host) }
             }
+            Found::Packed(depth) => Status { len, zero: false, allocated: true, depth, host: None },
             Found::Zero(depth) => Status { len, zero: true, allocated: true, depth, host: None },
             Found::PastEnd(ended) => {
                 Status { len, zero: true, allocated: false, depth: ended.saturating_sub(1), host: None }

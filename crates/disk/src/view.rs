@@ -31,6 +31,8 @@ impl Drop for View {
 pub(crate) enum Found {
     /// Bytes in the store of this layer.
     Data(usize, HostOffset),
+    /// Packed bytes in the store of this layer.
+    Packed(usize),
     /// This layer says zeros.
     Zero(usize),
     /// Past the end of this layer: zeros, and nothing below shows through.
@@ -87,6 +89,7 @@ impl View {
             range = range.first(len);
             match mapping {
                 Mapping::Data(host) => return Ok(Run { len, found: Found::Data(layer, host) }),
+                Mapping::Packed => return Ok(Run { len, found: Found::Packed(layer) }),
                 Mapping::Zero => return Ok(Run { len, found: Found::Zero(layer) }),
                 Mapping::Unallocated => {}
             }

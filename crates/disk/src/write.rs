@@ -179,12 +179,17 @@ impl Inner {
         let view = self.view();
         let len = usize_of(part.len());
         let on_disk = self.clip(part);
-        if on_disk.is_empty() || mapping == Mapping::Zero || view.depth() == 1 {
+        let nothing_below = mapping == Mapping::Unallocated && view.depth() == 1;
+        if on_disk.is_empty() || mapping == Mapping::Zero || nothing_below {
             return Ok(Fill::Zeros);
         }
         let data = Iov::alloc(len);
         let used = usize_of(on_disk.len());
         data.slice(used..len).fill(0);
+        if mapping == Mapping::Packed {
+            self.top.unpack(on_disk, data.slice(0..used)).await?;
+            return Ok(Fill::of(data));
+        }
         let mut hold = self.hold();
         loop {
             if let Some(fetch) = self.fetches.covering(part.start()) {

@@ -112,12 +112,12 @@ impl Inner {
     /// Whether the tables say that `part` (of one cluster) reads as zeros.
     async fn reads_as_zeros(&self, part: GuestRange) -> Result<bool> {
         match mapped(&*self.top, part).await?.mapping {
-            Mapping::Data(_) => return Ok(false),
+            Mapping::Data(_) | Mapping::Packed => return Ok(false),
             Mapping::Zero => return Ok(true),
             Mapping::Unallocated => {}
         }
         let view = self.view();
         let below = self.held(async || view.resolve(1, view.depth(), part).await).await?;
-        Ok(below.len == part.len() && !matches!(below.found, Found::Data(..)))
+        Ok(below.len == part.len() && !matches!(below.found, Found::Data(..) | Found::Packed(_)))
     }
 }

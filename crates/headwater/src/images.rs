@@ -19,7 +19,8 @@ pub(crate) enum Output {
 
 /// Reads a format's name as users write it.
 pub(crate) fn format_named(name: &str) -> Result<Format, String> {
-    Format::from_name(name).ok_or_else(|| format!("Unknown file format '{name}' (this Headwater knows raw and qed)"))
+    Format::from_name(name)
+        .ok_or_else(|| format!("Unknown file format '{name}' (this Headwater knows raw, qed and, for reading, qcow2)"))
 }
 
 /// Runs `work` to its end on a ring made for it.

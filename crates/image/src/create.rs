@@ -1,6 +1,6 @@
 //! Creating: options as the user wrote them, checked before a byte is written.
 
-use crate::{BackingRef, Format, Result};
+use crate::{BackingRef, Error, ErrorKind, Format, Result};
 use std::rc::Rc;
 use store::Store;
 
@@ -23,6 +23,7 @@ pub struct CreateOptions {
 pub fn validate(options: &CreateOptions) -> Result<Vec<String>> {
     match options.format {
         Format::Raw => crate::raw::validate(options),
+        Format::Qcow2 => Err(unwritten()),
         Format::Qed => crate::qed::validate(options),
     }
 }
@@ -31,6 +32,12 @@ pub fn validate(options: &CreateOptions) -> Result<Vec<String>> {
 pub async fn create(store: Rc<dyn Store>, options: &CreateOptions) -> Result<()> {
     match options.format {
         Format::Raw => crate::raw::create(store, options).await,
+        Format::Qcow2 => Err(unwritten()),
         Format::Qed => crate::qed::create(store, options).await,
     }
+}
+
+fn unwritten() -> Error {
+    let what = "QCOW2 images are read, not written, so far; make it with qemu-img, or use '-f qed'";
+    Error::new(ErrorKind::Unsupported, "", None, what)
 }

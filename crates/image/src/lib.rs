@@ -23,6 +23,7 @@ pub mod create;
 pub mod error;
 pub mod open;
 pub mod probe;
+pub mod qcow2;
 pub mod qed;
 pub mod raw;
 pub mod reservation;
@@ -36,6 +37,7 @@ pub use reservation::{Keep, Linked, Purpose, Reservation};
 
 use futures_util::future::LocalBoxFuture;
 use layout::{GuestOffset, GuestRange, HostOffset};
+use ring::Iov;
 use std::rc::Rc;
 use store::Store;
 
@@ -49,6 +51,8 @@ pub enum Mapping {
     Data(HostOffset),
     /// The image says these are zeros, whatever lies below.
     Zero,
+    /// The bytes are in [`Image::store`], packed: [`Image::unpack`] reads them.
+    Packed,
     /// The image says nothing: what lies below shows through, zeros if there is nothing below.
     Unallocated,
 }
@@ -103,6 +107,19 @@ pub trait Image: 'static {
     /// The first run of `range` (not empty), from tables in memory; `None` when they must be [`Image::load`]ed first. Never
     /// blocks, never evicts. For raw it is always data: holes are the affair of [`Store::extent`].
     fn lookup(&self, range: GuestRange) -> Result<Option<Mapped>>;
+
+    /// Reads `range`, which [`Image::lookup`] has called [`Mapping::Packed`], into `into` (as long). Whole or an error.
+    fn unpack(&self, range: GuestRange, into: Iov) -> ImageFuture<'_, ()> {
+        let what = format!("the format packs nothing ({range}, {} bytes)", into.len());
+        let error = Error::new(ErrorKind::Unsupported, self.store().name(), None, what);
+        Box::pin(async { Err(error) })
+    }
+
+    /// Whether a backing file whose format the header leaves open may be probed: a guest that writes its own first sector
+    /// decides what a probe finds.
+    fn may_probe_backing(&self) -> bool {
+        true
+    }
 
     /// Brings the tables into memory that `lookup` needs for the start of `range`. Single-flight. A caller alternates
     /// `lookup` and `load` until it has an answer; a loaded table stays at least until the caller's next await.

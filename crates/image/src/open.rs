@@ -18,6 +18,7 @@ pub struct OpenOptions {
 pub async fn open(store: Rc<dyn Store>, format: Format, options: OpenOptions) -> Result<Rc<dyn Image>> {
     match format {
         Format::Raw => crate::raw::open(store, options),
+        Format::Qcow2 => crate::qcow2::open(store, options).await,
         Format::Qed => crate::qed::open(store, options).await,
     }
 }

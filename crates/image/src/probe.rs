@@ -16,6 +16,8 @@ pub enum Format {
     Raw,
     /// QEMU Enhanced Disk.
     Qed,
+    /// QCOW2, read only so far.
+    Qcow2,
 }
 
 impl Format {
@@ -24,6 +26,7 @@ impl Format {
         match self {
             Self::Raw => "raw",
             Self::Qed => "qed",
+            Self::Qcow2 => "qcow2",
         }
     }
 
@@ -32,6 +35,7 @@ impl Format {
         match name {
             "raw" => Some(Self::Raw),
             "qed" => Some(Self::Qed),
+            "qcow2" => Some(Self::Qcow2),
             _ => None,
         }
     }
@@ -44,9 +48,8 @@ impl fmt::Display for Format {
 }
 
 /// Formats that are recognised by their first bytes, and not served: offset, bytes, name.
-const FOREIGN: [(usize, &[u8], &str); 17] = [
+const FOREIGN: [(usize, &[u8], &str); 16] = [
     (0, b"QFI\xfb\0\0\0\x01", "QCOW (version 1)"),
-    (0, b"QFI\xfb", "QCOW2"),
     (0, b"KDMV", "VMDK"),
     (0, b"COWD", "VMDK (version 3)"),
     (0, b"# Disk DescriptorFile", "VMDK (descriptor)"),
@@ -70,7 +73,7 @@ const FOREIGN_TAIL: [(&[u8], &str); 2] = [(b"conectix", "VHD (fixed)"), (b"koly"
 /// How many bytes at the start are looked at.
 const HEAD: usize = 512;
 
-/// What the first bytes look like; `Raw` when like nothing known. Formats that are recognised but not served (QCOW2, VMDK, …)
+/// What the first bytes look like; `Raw` when like nothing known. Formats that are recognised but not served (VMDK, VHDX, …)
 /// are an error that names them: serving their bytes as raw would be a guess.
 pub async fn probe(store: &dyn Store) -> Result<Format> {
     let head = Iov::alloc(HEAD);
@@ -78,6 +81,10 @@ pub async fn probe(store: &dyn Store) -> Result<Format> {
     let head = head.to_vec();
     if head.starts_with(&layout::qed::MAGIC) {
         return Ok(Format::Qed);
+    }
+    // Version 1 has the same magic and is another format.
+    if head.starts_with(&layout::qcow2::MAGIC) && head[4..8] != [0, 0, 0, 1] {
+        return Ok(Format::Qcow2);
     }
     let foreign = FOREIGN.iter().find(|(at, magic, _)| head[*at..].starts_with(magic)).map(|(_, _, name)| *name);
     let foreign = match foreign {
@@ -115,6 +122,7 @@ mod tests {
     fn known_formats_are_told_apart() {
         assert_eq!(probed(b"").unwrap(), Format::Raw);
         assert_eq!(probed(b"QED\0").unwrap(), Format::Qed);
+        assert_eq!(probed(b"QFI\xfb\0\0\0\x03").unwrap(), Format::Qcow2);
         assert_eq!(probed(&[0; 4096]).unwrap(), Format::Raw);
     }
 

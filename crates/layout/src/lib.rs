@@ -4,6 +4,7 @@
 #![forbid(unsafe_code)]
 
 pub mod addr;
+pub mod qcow2;
 pub mod qed;
 
 pub use addr::{GuestOffset, GuestRange, HostOffset, HostRange};

@@ -10,6 +10,7 @@
 pub mod mutate;
 
 mod nbd;
+mod qcow2;
 mod qmp;
 mod vhost_user;
 
@@ -26,6 +27,7 @@ pub type Target = (&'static str, fn(&[u8]));
 pub const TARGETS: &[Target] = &[
     ("nbd_client", nbd::client),
     ("nbd_server", nbd::server),
+    ("qcow2_image", qcow2::image),
     ("qed_header", mutation::header_stands),
     ("qed_image", mutation::image_stands),
     ("qmp_framer", qmp::framer),

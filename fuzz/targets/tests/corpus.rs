@@ -5,9 +5,10 @@ use std::path::Path;
 use std::time::Instant;
 
 /// Mutations of each target's corpus. What takes long gets fewer.
-const ROUNDS: [(&str, u64); 7] = [
+const ROUNDS: [(&str, u64); 8] = [
     ("nbd_client", 20_000),
     ("nbd_server", 20_000),
+    ("qcow2_image", 2_000),
     ("qed_header", 2_000),
     ("qed_image", 300),
     ("qmp_framer", 20_000),

@@ -151,8 +151,8 @@ pub(super) const BUGS: &[Bug] = &[
         name: "what surrounds a small write in a new cluster is not fetched",
         edits: &[edit(
             "crates/disk/src/write.rs",
-            "if on_disk.is_empty() || mapping == Mapping::Zero || view.depth() == 1 {",
-            "if on_disk.len() < 4096 || mapping == Mapping::Zero || view.depth() == 1 {",
+            "if on_disk.is_empty() || mapping == Mapping::Zero || nothing_below {",
+            "if on_disk.len() < 4096 || mapping == Mapping::Zero || nothing_below {",
         )],
     },
     Bug {

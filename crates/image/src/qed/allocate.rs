@@ -88,7 +88,8 @@ impl Core {
                     // Otherwise somebody populated it meanwhile: look again and zero that.
                     continue;
                 }
-                Mapping::Zero | Mapping::Unallocated => {}
+                // (QED packs nothing.)
+                Mapping::Zero | Mapping::Unallocated | Mapping::Packed => {}
             }
             at = run.end();
         }

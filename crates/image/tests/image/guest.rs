@@ -48,6 +48,7 @@ impl Guest {
             let part = all.slice(start..start + run.len() as usize);
             match mapped.mapping {
                 Mapping::Data(host) => self.image.store().read(host, part).await?,
+                Mapping::Packed => self.image.unpack(run, part).await?,
                 Mapping::Zero => part.fill(0),
                 Mapping::Unallocated => part.write(0, &self.below(run)),
             }

@@ -13,6 +13,7 @@ mod model;
 mod mutation;
 mod pitfalls;
 mod pressure;
+mod qcow2;
 mod raw;
 mod reference;
 mod subject;

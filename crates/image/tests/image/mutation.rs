@@ -217,6 +217,7 @@ async fn look(image: &Rc<dyn Image>) -> Vec<Seen> {
                 Seen::Damaged
             }
             Ok(mapped) => match mapped.mapping {
+                Mapping::Packed => panic!("QED packs nothing"),
                 Mapping::Unallocated => Seen::Unallocated,
                 Mapping::Zero => Seen::Zero,
                 Mapping::Data(host) => Seen::Data { at: host.get(), bytes: guest.read(at, range.len()).await.unwrap() },

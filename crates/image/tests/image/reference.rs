@@ -15,7 +15,7 @@ use store::memory::MemoryStore;
 use tempfile::TempDir;
 
 /// A folder for the tool's files; `None` when the tools are missing.
-fn lab() -> Option<TempDir> {
+pub(crate) fn lab() -> Option<TempDir> {
     let found = ["qemu-img", "qemu-io"].iter().all(|tool| Command::new(tool).arg("--version").output().is_ok());
     if !found {
         assert!(std::env::var("CI").as_deref() != Ok("true"), "qemu-img and qemu-io are needed: install qemu-utils");
@@ -33,7 +33,7 @@ fn tool(folder: &Path, line: &[&str]) -> Output {
     output
 }
 
-fn ok(folder: &Path, line: &[&str]) -> String {
+pub(crate) fn ok(folder: &Path, line: &[&str]) -> String {
     let output = tool(folder, line);
     let said = String::from_utf8_lossy(&output.stderr).into_owned();
     assert!(output.status.success(), "{line:?}: {said}");
@@ -205,6 +205,7 @@ fn what_we_write_they_accept_read_and_map_alike() {
             match mapping {
                 Mapping::Data(_) => assert!(here && line.contains("\"data\": true"), "{at}: {line}"),
                 Mapping::Zero => assert!(here && line.contains("\"zero\": true"), "{at}: {line}"),
+                Mapping::Packed => panic!("QED packs nothing"),
                 Mapping::Unallocated => assert!(!here, "{at}: {line}"),
             }
         }

@@ -1,0 +1,325 @@
+//! The header of a QCOW2 image, and the extensions behind it.
+
+use super::{Error, ErrorKind};
+use crate::{HostOffset, HostRange};
+
+/// The first four bytes of every QCOW2 image (and of its predecessor's; the version tells them apart).
+pub const MAGIC: [u8; 4] = *b"QFI\xfb";
+
+/// Longest name of a backing file, bytes.
+pub const MAX_BACKING_NAME: u32 = 1023;
+
+/// Bytes of a version 2 header, and of the part of a version 3 header that is always there.
+const V2_BYTES: usize = 72;
+const V3_BYTES: usize = 104;
+
+/// Largest L1 table, bytes; as QEMU has it.
+const MAX_L1_BYTES: u64 = 32 << 20;
+
+/// Largest disk, bytes.
+const MAX_SIZE: u64 = i64::MAX as u64 & !511;
+
+bitflags::bitflags! {
+    /// Features a program must know to open the image.
+    #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+    pub struct Features: u64 {
+        /// Refcounts may be inconsistent. Of no concern to a reader.
+        const DIRTY = 0x1;
+        /// Something in the image is corrupt: it must not be written to.
+        const CORRUPT = 0x2;
+        /// Guest data are in a file of their own.
+        const EXTERNAL_DATA = 0x4;
+        /// Another compression than deflate is used.
+        const COMPRESSION = 0x8;
+        /// L2 entries are 128 bits long and have 32 subclusters each.
+        const EXTENDED_L2 = 0x10;
+    }
+}
+
+/// How clusters are packed.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub enum Compression {
+    /// Raw deflate streams (RFC 1951).
+    #[default]
+    Deflate,
+    /// Zstandard frames (RFC 8878).
+    Zstd,
+}
+
+/// A valid header.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Header {
+    /// 2 or 3.
+    pub version: u32,
+    /// log2 of the bytes in a cluster: 9 to 21.
+    pub cluster_bits: u32,
+    /// Size of the guest's disk in bytes.
+    pub size: u64,
+    /// Entries of the L1 table; enough for `size`.
+    pub l1_entries: u32,
+    /// Where the L1 table begins.
+    pub l1_table: HostOffset,
+    /// Where the backing file's name lies, if there is one.
+    pub backing_name: Option<HostRange>,
+    /// What must be known to open the image.
+    pub features: Features,
+    /// What a writer that does not know it must clear.
+    pub autoclear_features: u64,
+    /// How clusters are packed.
+    pub compression: Compression,
+    /// Bytes of the header; extensions follow.
+    pub header_bytes: u32,
+}
+
+/// A big-endian number out of the header's bytes; zero past their end, which is checked before.
+fn u32_at(bytes: &[u8], at: usize) -> u32 {
+    bytes.get(at..at + 4).and_then(|b| b.try_into().ok()).map_or(0, u32::from_be_bytes)
+}
+
+fn u64_at(bytes: &[u8], at: usize) -> u64 {
+    bytes.get(at..at + 8).and_then(|b| b.try_into().ok()).map_or(0, u64::from_be_bytes)
+}
+
+impl Header {
+    /// From the first bytes of a store (at least 112; more do no harm).
+    pub fn decode(bytes: &[u8]) -> Result<Self, Error> {
+        let fail = |kind, field, at, value, why: &'static str| Err(Error::new(kind, field, at, value, why));
+        if bytes.len() < V2_BYTES || bytes[..4] != MAGIC {
+            return fail(ErrorKind::NotQcow2, "magic", 0, u32_at(bytes, 0).into(), "not a QCOW2 image");
+        }
+        let version = u32_at(bytes, 4);
+        if !(2..=3).contains(&version) {
+            return fail(ErrorKind::Unsupported, "version", 4, version.into(), "only versions 2 and 3 are known");
+        }
+        if version == 3 && bytes.len() < V3_BYTES {
+            return fail(ErrorKind::Invalid, "length", 0, bytes.len() as u64, "shorter than its header");
+        }
+        let features = if version == 3 { u64_at(bytes, 72) } else { 0 };
+        let unknown = features & !Features::all().bits();
+        if unknown != 0 {
+            let why = format!("incompatible feature bit {} is not known", unknown.trailing_zeros());
+            return Err(Error::new(ErrorKind::Unsupported, "incompatible_features", 72, features, why));
+        }
+        let features = Features::from_bits_retain(features);
+        let cluster_bits = u32_at(bytes, 20);
+        if !(9..=21).contains(&cluster_bits) {
+            return fail(ErrorKind::Invalid, "cluster_bits", 20, cluster_bits.into(), "not between 9 and 21");
+        }
+        if features.contains(Features::EXTENDED_L2) && cluster_bits < 14 {
+            let why = "clusters with subclusters have 16 KiB at least";
+            return fail(ErrorKind::Invalid, "cluster_bits", 20, cluster_bits.into(), why);
+        }
+        let crypt = u32_at(bytes, 32);
+        if crypt != 0 {
+            let why = "encrypted images are not supported; decrypt it with 'qemu-img convert'";
+            return fail(ErrorKind::Unsupported, "crypt_method", 32, crypt.into(), why);
+        }
+        let header_bytes = if version == 3 { u32_at(bytes, 100) } else { V2_BYTES as u32 };
+        if version == 3
+            && (header_bytes < V3_BYTES as u32 || header_bytes > 1 << cluster_bits || !header_bytes.is_multiple_of(8))
+        {
+            return fail(ErrorKind::Invalid, "header_length", 100, header_bytes.into(), "no length of a header");
+        }
+        let refcount_order = if version == 3 { u32_at(bytes, 96) } else { 4 };
+        if refcount_order > 6 {
+            return fail(ErrorKind::Invalid, "refcount_order", 96, refcount_order.into(), "more than 64 bits");
+        }
+        let compression = match (header_bytes > 104, bytes.get(104).copied().unwrap_or(0)) {
+            (false, _) | (true, 0) => Compression::Deflate,
+            (true, 1) => Compression::Zstd,
+            (true, other) => {
+                return fail(ErrorKind::Unsupported, "compression_type", 104, other.into(), "not known");
+            }
+        };
+        if (compression != Compression::Deflate) != features.contains(Features::COMPRESSION) {
+            let why = "the compression type and its feature bit disagree";
+            return fail(ErrorKind::Invalid, "compression_type", 104, u64::from(bytes[104]), why);
+        }
+        let header = Self {
+            version,
+            cluster_bits,
+            size: u64_at(bytes, 24),
+            l1_entries: u32_at(bytes, 36),
+            l1_table: HostOffset(u64_at(bytes, 40)),
+            backing_name: backing_name(bytes, cluster_bits)?,
+            features,
+            autoclear_features: if version == 3 { u64_at(bytes, 88) } else { 0 },
+            compression,
+            header_bytes,
+        };
+        header.check()?;
+        Ok(header)
+    }
+
+    fn check(&self) -> Result<(), Error> {
+        let fail = |field, at, value, why: &'static str| Err(Error::new(ErrorKind::Invalid, field, at, value, why));
+        if self.size > MAX_SIZE {
+            return fail("size", 24, self.size, "larger than any disk");
+        }
+        let bytes = u64::from(self.l1_entries) * 8;
+        if bytes > MAX_L1_BYTES {
+            return fail("l1_size", 36, self.l1_entries.into(), "a first-level table of more than 32 MiB");
+        }
+        if self.size.div_ceil(self.table_reach()) > u64::from(self.l1_entries) {
+            return fail("l1_size", 36, self.l1_entries.into(), "too few entries for the disk's size");
+        }
+        let at = self.l1_table.get();
+        if bytes > 0 && (!self.l1_table.is_aligned(self.cluster_size()) || at == 0 || at.checked_add(bytes).is_none()) {
+            return fail("l1_table_offset", 40, at, "no place for a table");
+        }
+        Ok(())
+    }
+
+    /// Checks what only the file's length can tell.
+    pub fn check_length(&self, length: u64) -> Result<(), Error> {
+        let end = self.l1_table.get() + u64::from(self.l1_entries) * 8;
+        if self.l1_entries > 0 && end > length {
+            let why = "the first-level table reaches past the end of the file";
+            return Err(Error::new(ErrorKind::Invalid, "l1_table_offset", 40, self.l1_table.get(), why));
+        }
+        Ok(())
+    }
+
+    /// Bytes in a cluster.
+    pub fn cluster_size(&self) -> u64 {
+        1 << self.cluster_bits
+    }
+
+    /// Bytes of an L2 entry: 8, or 16 with subclusters.
+    pub fn l2_entry_bytes(&self) -> u64 {
+        if self.features.contains(Features::EXTENDED_L2) { 16 } else { 8 }
+    }
+
+    /// Entries of an L2 table, which fills a cluster.
+    pub fn l2_entries(&self) -> u64 {
+        self.cluster_size() / self.l2_entry_bytes()
+    }
+
+    /// Guest bytes that one L2 table maps.
+    pub fn table_reach(&self) -> u64 {
+        self.l2_entries() << self.cluster_bits
+    }
+}
+
+fn backing_name(bytes: &[u8], cluster_bits: u32) -> Result<Option<HostRange>, Error> {
+    let (offset, len) = (u64_at(bytes, 8), u32_at(bytes, 16));
+    if offset == 0 {
+        return Ok(None);
+    }
+    if len == 0 || len > MAX_BACKING_NAME {
+        let why = "no length of a backing file's name";
+        return Err(Error::new(ErrorKind::Invalid, "backing_file_size", 16, len.into(), why));
+    }
+    if offset.checked_add(len.into()).is_none_or(|end| end > 1 << cluster_bits) {
+        let why = "the backing file's name does not lie in the first cluster";
+        return Err(Error::new(ErrorKind::Invalid, "backing_file_offset", 8, offset, why));
+    }
+    Ok(Some(HostRange::new(HostOffset(offset), len.into())))
+}
+
+/// What the header's extensions say.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Extensions {
+    /// The backing file's format, as its name.
+    pub backing_format: Option<String>,
+}
+
+impl Extensions {
+    /// From the bytes behind the header, up to the backing file's name or the end of the first cluster. Extensions that are
+    /// not known are passed over.
+    pub fn decode(bytes: &[u8], base: u64) -> Result<Self, Error> {
+        const END: u32 = 0;
+        const BACKING_FORMAT: u32 = 0xe279_2aca;
+        let mut found = Self::default();
+        let mut at = 0;
+        while let (Some(_), kind, len) = (bytes.get(at..at + 8), u32_at(bytes, at), u32_at(bytes, at + 4) as usize) {
+            if kind == END {
+                break;
+            }
+            let Some(data) = bytes.get(at + 8..).and_then(|rest| rest.get(..len)) else {
+                let why = "a header extension reaches past the first cluster";
+                return Err(Error::new(ErrorKind::Invalid, "extension length", base + at as u64 + 4, len as u64, why));
+            };
+            if kind == BACKING_FORMAT {
+                found.backing_format = Some(String::from_utf8_lossy(data).into_owned());
+            }
+            at += 8 + len.next_multiple_of(8);
+        }
+        Ok(found)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn sample() -> Vec<u8> {
+        let mut bytes = vec![0; 512];
+        bytes[..4].copy_from_slice(&MAGIC);
+        let mut put = |at: usize, value: &[u8]| bytes[at..at + value.len()].copy_from_slice(value);
+        put(4, &3_u32.to_be_bytes());
+        put(20, &16_u32.to_be_bytes());
+        put(24, &(1_u64 << 30).to_be_bytes());
+        put(36, &2_u32.to_be_bytes());
+        put(40, &0x30000_u64.to_be_bytes());
+        put(96, &4_u32.to_be_bytes());
+        put(100, &112_u32.to_be_bytes());
+        bytes
+    }
+
+    #[test]
+    fn a_sound_header_is_understood() {
+        let header = Header::decode(&sample()).unwrap();
+        assert_eq!((header.cluster_size(), header.l2_entries(), header.table_reach()), (65536, 8192, 512 << 20));
+        assert_eq!(header.check_length(0x30010), Ok(()));
+        assert!(header.check_length(0x3000f).is_err());
+    }
+
+    #[test]
+    fn every_bad_field_is_named() {
+        let cases: [(usize, &[u8], &str); 15] = [
+            (0, b"QED\0", "magic"),
+            (4, &4_u32.to_be_bytes(), "version"),
+            (8, &600_u64.to_be_bytes(), "backing_file_size"),
+            (20, &8_u32.to_be_bytes(), "cluster_bits"),
+            (20, &22_u32.to_be_bytes(), "cluster_bits"),
+            (24, &u64::MAX.to_be_bytes(), "size"),
+            (32, &2_u32.to_be_bytes(), "crypt_method"),
+            (36, &1_u32.to_be_bytes(), "l1_size"),
+            (36, &u32::MAX.to_be_bytes(), "l1_size"),
+            (40, &0x30001_u64.to_be_bytes(), "l1_table_offset"),
+            (40, &0_u64.to_be_bytes(), "l1_table_offset"),
+            (72, &0x20_u64.to_be_bytes(), "incompatible_features"),
+            (96, &7_u32.to_be_bytes(), "refcount_order"),
+            (100, &90_u32.to_be_bytes(), "header_length"),
+            (104, &[7], "compression_type"),
+        ];
+        for (at, value, field) in cases {
+            let mut bytes = sample();
+            bytes[at..at + value.len()].copy_from_slice(value);
+            let error = Header::decode(&bytes).unwrap_err();
+            assert!(error.to_string().starts_with(field), "{error} for {field}");
+        }
+        let mut bytes = sample();
+        bytes[79] = 0x20;
+        assert!(Header::decode(&bytes).unwrap_err().to_string().contains("bit 5"));
+    }
+
+    #[test]
+    fn extensions_are_walked_and_bounded() {
+        let mut bytes = Vec::new();
+        let mut put = |kind: u32, data: &[u8]| {
+            bytes.extend(kind.to_be_bytes());
+            bytes.extend((data.len() as u32).to_be_bytes());
+            bytes.extend(data);
+            bytes.resize(bytes.len().next_multiple_of(8), 0);
+        };
+        put(0x1234_5678, b"whatever");
+        put(0xe279_2aca, b"raw");
+        put(0, b"");
+        assert_eq!(Extensions::decode(&bytes, 112).unwrap().backing_format.as_deref(), Some("raw"));
+        bytes[4..8].copy_from_slice(&u32::MAX.to_be_bytes());
+        assert!(Extensions::decode(&bytes, 112).is_err());
+        assert_eq!(Extensions::decode(&[1, 2, 3], 112), Ok(Extensions::default()));
+    }
+}

@@ -1,0 +1,177 @@
+//! Entries of L1 and L2 tables.
+//!
+//! An L2 entry is one of six things ([`L2Entry`]); nobody looks at its bits twice.
+
+use super::Header;
+use crate::HostOffset;
+
+/// Bits of an entry that hold an offset into the file.
+const OFFSET: u64 = 0x00ff_ffff_ffff_fe00;
+/// The cluster is packed.
+const COMPRESSED: u64 = 1 << 62;
+/// The cluster reads as zeros (version 3, without subclusters).
+const ZERO: u64 = 1;
+
+/// An entry that the specification does not allow.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum EntryError {
+    /// It does not lead to a cluster's start.
+    #[error("entry {0:#x} is not a multiple of the cluster size")]
+    Misaligned(u64),
+    /// A subcluster is said to be both allocated and zero, or a packed cluster to have subclusters.
+    #[error("the subclusters of entry {0:#x} contradict each other")]
+    Subclusters(u64),
+}
+
+/// What an L1 entry says.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum L1Entry {
+    /// Nothing is mapped.
+    Unallocated,
+    /// An L2 table.
+    Table(HostOffset),
+}
+
+impl L1Entry {
+    /// Of an image with this header.
+    pub fn decode(raw: u64, header: &Header) -> Result<Self, EntryError> {
+        match raw & OFFSET {
+            0 => Ok(Self::Unallocated),
+            at if !at.is_multiple_of(header.cluster_size()) => Err(EntryError::Misaligned(raw)),
+            at => Ok(Self::Table(HostOffset(at))),
+        }
+    }
+}
+
+/// Where a packed cluster lies. It begins at any byte.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Packed {
+    /// Its first byte.
+    pub at: HostOffset,
+    /// At most so many bytes: its last sector may hold the next one's first.
+    pub len: u64,
+}
+
+/// Which of a cluster's 32 subclusters are stored, and which are zeros; the others are unallocated. Never both.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct SubclusterMap {
+    /// Bit n: subcluster n is stored.
+    pub stored: u32,
+    /// Bit n: subcluster n reads as zeros.
+    pub zero: u32,
+}
+
+/// What an L2 entry says.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum L2Entry {
+    /// Nothing: what lies below shows through.
+    Unallocated,
+    /// Zeros, without a place.
+    Zero,
+    /// Zeros, with a place kept for them.
+    ZeroAllocated(HostOffset),
+    /// Bytes.
+    Data(HostOffset),
+    /// Packed bytes.
+    Packed(Packed),
+    /// A cluster with subclusters (of which some may be stored in the cluster at this place).
+    Subclusters(HostOffset, SubclusterMap),
+}
+
+impl L2Entry {
+    /// Of an image with this header; `extended` is the second half of an entry with subclusters.
+    pub fn decode(raw: u64, extended: u64, header: &Header) -> Result<Self, EntryError> {
+        let has_subclusters = header.l2_entry_bytes() == 16;
+        if raw & COMPRESSED != 0 {
+            if has_subclusters && extended != 0 {
+                return Err(EntryError::Subclusters(raw));
+            }
+            // Above the offset stands the number of sectors behind the first.
+            let offset_bits = 62 - (header.cluster_bits - 8);
+            let at = raw & ((1 << offset_bits) - 1);
+            let sectors = ((raw & (COMPRESSED - 1)) >> offset_bits) + 1;
+            return Ok(Self::Packed(Packed { at: HostOffset(at), len: sectors * 512 - at % 512 }));
+        }
+        let at = raw & OFFSET;
+        if !at.is_multiple_of(header.cluster_size()) {
+            return Err(EntryError::Misaligned(raw));
+        }
+        if has_subclusters {
+            let map = SubclusterMap { stored: extended as u32, zero: (extended >> 32) as u32 };
+            if map.stored & map.zero != 0 || at == 0 && map.stored != 0 {
+                return Err(EntryError::Subclusters(raw));
+            }
+            return Ok(match (map.stored, map.zero) {
+                (0, 0) => Self::Unallocated,
+                _ => Self::Subclusters(HostOffset(at), map),
+            });
+        }
+        Ok(match (header.version > 2 && raw & ZERO != 0, at) {
+            (true, 0) => Self::Zero,
+            (true, at) => Self::ZeroAllocated(HostOffset(at)),
+            (false, 0) => Self::Unallocated,
+            (false, at) => Self::Data(HostOffset(at)),
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::qcow2::{Compression, Features};
+
+    fn header(version: u32, features: Features) -> Header {
+        Header {
+            version,
+            cluster_bits: 16,
+            size: 1 << 30,
+            l1_entries: 2,
+            l1_table: HostOffset(0x30000),
+            backing_name: None,
+            features,
+            autoclear_features: 0,
+            compression: Compression::Deflate,
+            header_bytes: 112,
+        }
+    }
+
+    #[test]
+    fn an_entry_is_one_of_six_things() {
+        let plain = header(3, Features::empty());
+        let of = |raw| L2Entry::decode(raw, 0, &plain);
+        assert_eq!(of(0), Ok(L2Entry::Unallocated));
+        assert_eq!(of(1), Ok(L2Entry::Zero));
+        assert_eq!(of(1 << 63 | 0x50001), Ok(L2Entry::ZeroAllocated(HostOffset(0x50000))));
+        assert_eq!(of(1 << 63 | 0x50000), Ok(L2Entry::Data(HostOffset(0x50000))));
+        assert_eq!(of(0x50200), Err(EntryError::Misaligned(0x50200)));
+        // 54 bits of offset, then the sectors behind the first.
+        let packed = Packed { at: HostOffset(0x51234), len: 3 * 512 - 0x34 };
+        assert_eq!(of(COMPRESSED | 2 << 54 | 0x51234), Ok(L2Entry::Packed(packed)));
+        assert_eq!(
+            L2Entry::decode(1, 0, &header(2, Features::empty())),
+            Ok(L2Entry::Unallocated),
+            "no zeros in version 2"
+        );
+    }
+
+    #[test]
+    fn subclusters_do_not_contradict_each_other() {
+        let extended = header(3, Features::EXTENDED_L2);
+        let of = |raw, map| L2Entry::decode(raw, map, &extended);
+        assert_eq!(of(0, 0), Ok(L2Entry::Unallocated));
+        let map = SubclusterMap { stored: 5, zero: 2 };
+        assert_eq!(of(0x50000, 2 << 32 | 5), Ok(L2Entry::Subclusters(HostOffset(0x50000), map)));
+        for (raw, map) in [(0x50000, 1 << 32 | 1), (0, 1), (COMPRESSED | 0x50000, 1)] {
+            assert_eq!(of(raw, map), Err(EntryError::Subclusters(raw)));
+        }
+        assert_eq!(of(0, 1 << 63), Ok(L2Entry::Subclusters(HostOffset(0), SubclusterMap { stored: 0, zero: 1 << 31 })));
+    }
+
+    #[test]
+    fn first_level_entries_lead_to_clusters() {
+        let plain = header(3, Features::empty());
+        assert_eq!(L1Entry::decode(1 << 63, &plain), Ok(L1Entry::Unallocated));
+        assert_eq!(L1Entry::decode(1 << 63 | 0x40000, &plain), Ok(L1Entry::Table(HostOffset(0x40000))));
+        assert!(L1Entry::decode(0x40200, &plain).is_err());
+    }
+}

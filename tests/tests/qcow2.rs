@@ -1,0 +1,154 @@
+//! Masters as people have them: QCOW2, packed, in chains; streamed out of, and served read-only.
+
+use std::ffi::OsStr;
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use headwater_tests::headwater::{Headwater, headwater};
+use headwater_tests::qemu::{check, compare, info, qemu_img};
+use headwater_tests::random::Random;
+use headwater_tests::{Result, peer};
+use serde_json::{Value, json};
+
+const SIZE: usize = 48 << 20;
+
+fn img(args: &[&str], files: &[&Path]) -> Result<String> {
+    qemu_img(args.iter().map(OsStr::new).chain(files.iter().map(|file| file.as_os_str())))?.ok()
+}
+
+/// A raw image with bytes that pack well, bytes that do not, and holes; and the same as QCOW2.
+fn masters(dir: &Path, options: &str) -> Result<(PathBuf, PathBuf)> {
+    let mut random = Random::new(8);
+    let mut bytes = vec![0; SIZE];
+    for (number, part) in bytes.chunks_mut(1 << 20).enumerate() {
+        match number % 4 {
+            0 => random.fill(part),
+            1 => part.fill(number as u8),
+            2 => part[..300_000].fill(7),
+            _ => {}
+        }
+    }
+    let (raw, qcow2) = (dir.join("master.raw"), dir.join("master.qcow2"));
+    fs::write(&raw, bytes)?;
+    img(&["convert", "-q", "-c", "-f", "raw", "-O", "qcow2", "-o", options], &[&raw, &qcow2])?;
+    Ok((raw, qcow2))
+}
+
+fn overlay(dir: &Path, base: &Path, format: &str) -> Result<PathBuf> {
+    let top = dir.join("my.qed");
+    let args = ["create", "-q", "-f", "qed", "-F", format, "-b"].map(OsStr::new);
+    headwater(args.into_iter().chain([base.as_os_str(), top.as_os_str()]))?.ok()?;
+    Ok(top)
+}
+
+/// Streams everything in; afterwards the image stands alone, to the byte.
+fn stream(dir: &Path, top: &Path) -> Result {
+    let server = Headwater::serve(dir).image(top).start()?;
+    let mut qmp = server.qmp()?;
+    qmp.execute("block-stream", json!({ "job-id": "s", "device": "my" }))?;
+    let done = qmp.event("BLOCK_JOB_COMPLETED")?;
+    assert!(done["error"].is_null(), "{done}");
+    assert_eq!(done["len"], done["offset"]);
+    drop(qmp);
+    server.quit()?;
+    assert_eq!(info(top)?.get("backing-filename"), None);
+    check(top)?.ok()?;
+    Ok(())
+}
+
+#[test]
+fn a_packed_master_streams_in() -> Result {
+    peer!("headwater", "qemu-img");
+    for options in ["compression_type=zlib", "compression_type=zstd", "extended_l2=on", "compat=0.10"] {
+        let dir = tempfile::tempdir()?;
+        let (raw, qcow2) = masters(dir.path(), options)?;
+        let top = overlay(dir.path(), &qcow2, "qcow2")?;
+        stream(dir.path(), &top)?;
+        fs::remove_file(&qcow2)?;
+        compare(&raw, &top)?.ok()?;
+    }
+    Ok(())
+}
+
+#[test]
+fn a_chain_of_qcow2_streams_in() -> Result {
+    peer!("headwater", "qemu-img", "qemu-io");
+    let dir = tempfile::tempdir()?;
+    let (_, master) = masters(dir.path(), "compat=1.1")?;
+    let middle = dir.path().join("middle.qcow2");
+    let create = ["create", "-q", "-f", "qcow2", "-F", "qcow2", "-b"];
+    img(&create, &[&master, &middle])?;
+    let io = ["-f", "qcow2", "-c", "write -P 9 1M 3M", "-c", "write -z 10M 1M", "-c", "write -P 8 20000k 5k"];
+    headwater_tests::process::run(peer::find("qemu-io")?, io.map(OsStr::new).into_iter().chain([middle.as_os_str()]))?
+        .ok()?;
+    let expected = dir.path().join("expected.raw");
+    img(&["convert", "-q", "-O", "raw"], &[&middle, &expected])?;
+    let top = overlay(dir.path(), &middle, "qcow2")?;
+    stream(dir.path(), &top)?;
+    compare(&expected, &top)?.ok()?;
+    Ok(())
+}
+
+#[test]
+fn it_is_served_read_only() -> Result {
+    peer!("headwater", "qemu-img", "qemu-io");
+    let dir = tempfile::tempdir()?;
+    let (raw, master) = masters(dir.path(), "compat=1.1")?;
+    let socket = dir.path().join("nbd.sock");
+    let server = Headwater::serve(dir.path()).image(&master).arg("--read-only").nbd(&socket).start()?;
+    let uri = format!("nbd+unix:///master?socket={}", socket.display());
+    img(&["compare", "-f", "raw", "-F", "raw"], &[&raw, Path::new(&uri)])?;
+    server.quit()?;
+    let refused = Headwater::serve(dir.path()).image(&master).nbd(&socket).refused()?;
+    assert!(refused.stderr.contains("read-only") && refused.stderr.contains("overlay"), "{}", refused.stderr);
+    Ok(())
+}
+
+#[test]
+fn info_and_map_say_what_the_reference_says() -> Result {
+    peer!("headwater", "qemu-img");
+    let dir = tempfile::tempdir()?;
+    let (_, master) = masters(dir.path(), "compat=1.1")?;
+    let json = |args: &[&str]| -> Result<Value> {
+        let args = args.iter().map(OsStr::new).chain([master.as_os_str()]);
+        Ok(serde_json::from_str(&headwater(args)?.ok()?)?)
+    };
+    let ours = json(&["info", "--output", "json"])?;
+    let theirs = info(&master)?;
+    for key in ["virtual-size", "format", "cluster-size"] {
+        assert_eq!(ours[key], theirs[key], "{key}");
+    }
+    // The same runs of zeros and data, however either cuts them.
+    let flat = |map: Value| -> Vec<bool> {
+        let mut zero = vec![true; SIZE >> 16];
+        for run in map.as_array().into_iter().flatten() {
+            let number = |key: &str| run[key].as_u64().unwrap_or_default() as usize;
+            let (start, end) = (number("start") >> 16, (number("start") + number("length")) >> 16);
+            zero[start..end].fill(run["zero"] == true);
+        }
+        zero
+    };
+    let theirs: Value = serde_json::from_str(&img(&["map", "--output", "json"], &[&master])?)?;
+    assert_eq!(flat(json(&["map", "--output", "json"])?), flat(theirs));
+    Ok(())
+}
+
+/// What a guest writes must not decide what is opened: a header that leaves the format open is refused, with the remedy.
+#[test]
+fn a_backing_file_without_a_format_is_not_guessed_at() -> Result {
+    peer!("headwater", "qemu-img");
+    let dir = tempfile::tempdir()?;
+    let (raw, _) = masters(dir.path(), "compat=1.1")?;
+    let vague = dir.path().join("vague.qcow2");
+    img(&["create", "-q", "-f", "qcow2", "-F", "raw", "-b"], &[&raw, &vague])?;
+    // As old tools wrote it: the extension that names the format becomes one that nobody knows.
+    let mut bytes = fs::read(&vague)?;
+    let extension = 0xe279_2aca_u32.to_be_bytes();
+    let at = bytes.windows(4).position(|four| four == extension).ok_or("no format is recorded")?;
+    bytes[at..at + 4].copy_from_slice(&0x1234_5678_u32.to_be_bytes());
+    fs::write(&vague, bytes)?;
+    let socket = dir.path().join("nbd.sock");
+    let refused = Headwater::serve(dir.path()).image(&vague).arg("--read-only").nbd(&socket).refused()?;
+    assert!(refused.stderr.contains("without a format") && refused.stderr.contains("-F FORMAT"), "{}", refused.stderr);
+    Ok(())
+}
