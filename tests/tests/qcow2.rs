@@ -109,6 +109,8 @@ fn info_and_map_say_what_the_reference_says() -> Result {
     peer!("headwater", "qemu-img");
     let dir = tempfile::tempdir()?;
     let (_, master) = masters(dir.path(), "compat=1.1")?;
+    let unchecked = headwater([OsStr::new("check"), master.as_os_str()])?;
+    assert!(unchecked.code()? == 63 && unchecked.stderr.contains("qemu-img check"), "{}", unchecked.stderr);
     let json = |args: &[&str]| -> Result<Value> {
         let args = args.iter().map(OsStr::new).chain([master.as_os_str()]);
         Ok(serde_json::from_str(&headwater(args)?.ok()?)?)

@@ -48,9 +48,14 @@ pub(crate) fn run(args: &Args) -> Outcome {
     let checked = on_ring(async {
         let chain = images::open(&args.file, look).await?;
         let image = chain.first().ok_or("no image")?.image.clone();
-        if image.format() == Format::Raw {
+        let unchecked = match image.format() {
+            Format::Raw => Some("This image format does not support checks"),
+            Format::Qcow2 => Some("QCOW2 images are not checked yet; use 'qemu-img check'"),
+            _ => None,
+        };
+        if let Some(why) = unchecked {
             images::close(&chain).await?;
-            return Ok(None);
+            return Ok(Err(why));
         }
         let repair = match args.repair {
             None => Repair::None,
@@ -61,11 +66,14 @@ pub(crate) fn run(args: &Args) -> Outcome {
         let closed = images::close(&chain).await;
         let report = report?;
         closed?;
-        Ok(Some((image.format(), report)))
+        Ok(Ok((image.format(), report)))
     })?;
-    let Some((format, report)) = checked else {
-        eprintln!("headwater: This image format does not support checks");
-        return Ok(Exit::NoChecks);
+    let (format, report) = match checked {
+        Ok(checked) => checked,
+        Err(why) => {
+            eprintln!("headwater: {why}");
+            return Ok(Exit::NoChecks);
+        }
     };
     match args.output {
         Output::Json => println!("{:#}", as_json(&args.file, format, &report)),

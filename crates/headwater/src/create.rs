@@ -117,9 +117,14 @@ async fn make(args: &Args, format: Format, wanted: Wanted) -> Result<(), String>
             let (found, below) = look_at_backing(&opener, &name, file, stated).await?;
             size = size.or(Some(below));
             if stated.is_none() && !args.quiet {
+                // QED can record of its backing file that it is raw, and nothing else.
+                let recorded = match found {
+                    Format::Raw => format!("which is now recorded in '{file}' and never probed again"),
+                    _ => "which its first bytes will tell again whenever it is opened".to_owned(),
+                };
                 eprintln!(
-                    "headwater: '{name}' has no stated format; it was found to be {found}, which is now recorded in '{file}' \
-                     and never probed again (state it with -F {found})"
+                    "headwater: '{name}' has no stated format; it was found to be {found}, {recorded} (state it with -F \
+                     {found})"
                 );
             }
             found
