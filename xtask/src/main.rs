@@ -4,9 +4,8 @@
 //! directory (`peers --install` also the system's packages), and ends with the exit code of what it ran.
 #![forbid(unsafe_code)]
 
-mod bench;
+mod driver;
 mod fuzz;
-mod kill;
 mod peers;
 mod sim;
 mod test;
@@ -32,11 +31,11 @@ enum Command {
     /// Peers, format, lints, unit, property and end-to-end tests
     Test(test::Options),
     /// Measure headwater beside qemu-storage-daemon on the same files
-    Bench(bench::Options),
+    Bench(driver::Options),
     /// Feed parsers, servers and images with what nobody would send
     Fuzz(fuzz::Options),
     /// Kill a daemon under load, again and again, and look for lost bytes
-    Kill(kill::Options),
+    Kill(driver::Options),
     /// Simulate the stack below the exports: seeds, faults, power cuts
     Sim(sim::Options),
     /// `headwater demo` from a release build; further arguments go to it
@@ -52,9 +51,9 @@ fn main() -> ExitCode {
     let done = Workspace::find().and_then(|workspace| match cli.command {
         Command::Peers(options) => peers::run(&workspace, &options),
         Command::Test(options) => test::run(&workspace, &options),
-        Command::Bench(options) => bench::run(&workspace, &options),
+        Command::Bench(options) => driver::bench(&workspace, &options),
         Command::Fuzz(options) => fuzz::run(&workspace, &options),
-        Command::Kill(options) => kill::run(&workspace, &options),
+        Command::Kill(options) => driver::kill(&workspace, &options),
         Command::Sim(options) => sim::run(&workspace, &options),
         Command::Demo { args } => {
             workspace.cargo().args(["run", "--release", "--package", "headwater", "--", "demo"]).args(args).run()
