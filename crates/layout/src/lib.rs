@@ -4,6 +4,7 @@
 #![forbid(unsafe_code)]
 
 pub mod addr;
+pub mod field;
 pub mod qcow2;
 pub mod qed;
 

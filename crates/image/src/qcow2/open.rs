@@ -42,9 +42,7 @@ pub(crate) async fn open(store: Rc<dyn Store>, options: OpenOptions) -> Result<R
 /// A header's error as a user sees it.
 fn header_error(image: &str, error: &qcow2::Error) -> Error {
     let (kind, what) = match error.kind() {
-        HeaderErrorKind::NotQcow2 => {
-            (ErrorKind::Corrupt, format!("not a QCOW2 image: {error}; state the right format"))
-        }
+        HeaderErrorKind::Foreign => (ErrorKind::Corrupt, format!("not a QCOW2 image: {error}; state the right format")),
         HeaderErrorKind::Unsupported => (ErrorKind::Unsupported, format!("this QCOW2 image cannot be opened: {error}")),
         _ => (ErrorKind::Corrupt, format!("the QCOW2 header is damaged: {error}")),
     };

@@ -81,7 +81,7 @@ async fn read_header(store: &dyn Store) -> Result<Header> {
 /// A header's error as a user sees it.
 fn header_error(image: &str, error: &qed::Error) -> Error {
     let (kind, what) = match error.kind() {
-        HeaderErrorKind::NotQed => (ErrorKind::Corrupt, format!("not a QED image: {error}; state the right format")),
+        HeaderErrorKind::Foreign => (ErrorKind::Corrupt, format!("not a QED image: {error}; state the right format")),
         HeaderErrorKind::Unsupported => (ErrorKind::Unsupported, format!("this QED image cannot be opened: {error}")),
         _ => (ErrorKind::Corrupt, format!("the QED header is damaged: {error}")),
     };

@@ -85,7 +85,7 @@ impl Header {
     pub fn decode(bytes: &[u8]) -> Result<Self, Error> {
         let fail = |kind, field, at, value, why: &'static str| Err(Error::new(kind, field, at, value, why));
         if bytes.len() < V2_BYTES || bytes[..4] != MAGIC {
-            return fail(ErrorKind::NotQcow2, "magic", 0, u32_at(bytes, 0).into(), "not a QCOW2 image");
+            return fail(ErrorKind::Foreign, "magic", 0, u32_at(bytes, 0).into(), "not a QCOW2 image");
         }
         let version = u32_at(bytes, 4);
         if !(2..=3).contains(&version) {

@@ -115,11 +115,11 @@ impl Header {
     pub fn decode(bytes: &[u8]) -> Result<Self, Error> {
         let Ok((raw, _)) = RawHeader::read_from_prefix(bytes) else {
             let why = "shorter than a QED header";
-            return Err(Error::new(ErrorKind::NotQed, "length", 0, bytes.len() as u64, why));
+            return Err(Error::new(ErrorKind::Foreign, "length", 0, bytes.len() as u64, why));
         };
         if raw.magic != MAGIC {
             let value = u32::from_be_bytes(raw.magic);
-            return Err(Error::new(ErrorKind::NotQed, "magic", 0, value.into(), "not a QED image"));
+            return Err(Error::new(ErrorKind::Foreign, "magic", 0, value.into(), "not a QED image"));
         }
         let geometry = Geometry::new(raw.cluster_size.get().into(), raw.table_size.get())?;
         let features = raw.features.get();
