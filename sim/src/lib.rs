@@ -20,6 +20,7 @@ mod content;
 mod cut;
 mod dice;
 mod load;
+mod master;
 mod oracle;
 mod plan;
 mod run;

@@ -37,7 +37,7 @@ impl Shape {
 
     /// QEMU refuses QED tables of one cluster, which the specification allows.
     pub(crate) fn qemu_takes_it(&self) -> bool {
-        self.layers.iter().all(|layer| layer.format == Format::Raw || layer.table_size > 1)
+        self.layers.iter().all(|layer| layer.format != Format::Qed || layer.table_size > 1)
     }
 
     /// Sectors of a cluster of the top.
@@ -179,8 +179,15 @@ fn shape(dice: &Dice) -> Shape {
             4 => (size / 2).max(1),
             _ => dice.between(1, 2 * size),
         };
-        let format = if layer == 0 && dice.percent(70) { Format::Raw } else { dice.pick(&TOPS) };
-        let cluster_size = dice.pick(&[4096, 4096, 8192, 65536]);
+        let format = match dice.below(10) {
+            0..5 if layer == 0 => Format::Raw,
+            5..8 if layer == 0 => Format::Qcow2,
+            _ => dice.pick(&TOPS),
+        };
+        let cluster_size = match format {
+            Format::Qcow2 => dice.pick(&[512, 4096, 16384, 65536]),
+            _ => dice.pick(&[4096, 4096, 8192, 65536]),
+        };
         layers.push(LayerShape { format, size, cluster_size, table_size: dice.pick(&[1, 2, 4]) });
     }
     layers.push(LayerShape { format, size, cluster_size, table_size });

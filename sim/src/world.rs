@@ -5,6 +5,7 @@
 
 use crate::content::{SECTOR, Value, ZEROS, sectors};
 use crate::dice::Dice;
+use crate::master::qcow2;
 use crate::oracle::Run;
 use crate::plan::{Faults, Shape};
 use disk::chain::{ChainOptions, Opener, open_chain};
@@ -53,6 +54,13 @@ impl World {
         let mut below: Vec<Value> = Vec::new();
         for (number, layer) in shape.layers.iter().enumerate() {
             let name = shape.name(number);
+            if layer.format == Format::Qcow2 {
+                below = world.patches(layer.size);
+                let bytes = qcow2(&below, layer.cluster_size.trailing_zeros(), &world.dice);
+                let bytes = MemoryStore::from_bytes(&name, &bytes);
+                world.files.borrow_mut().insert(name, File { bytes, format: layer.format });
+                continue;
+            }
             let bytes = MemoryStore::new(&name, 0);
             let backing = (number > 0).then(|| {
                 let name = shape.name(number - 1);
@@ -78,6 +86,18 @@ impl World {
         }
         world.trace.switch(true);
         Ok((world, below))
+    }
+
+    /// What a bottom layer of so many sectors holds that is made by hand.
+    fn patches(&self, size: u64) -> Vec<Value> {
+        let mut content = vec![ZEROS; size as usize];
+        for _ in 0..self.dice.between(2, 6) {
+            let first = self.dice.below(size);
+            let end = first + self.dice.between(1, size).min(size - first);
+            let value = if self.dice.percent(15) { ZEROS } else { Value::original(0) };
+            content[first as usize..end as usize].fill(value);
+        }
+        content
     }
 
     /// Writes here and there into a layer, through a disk of its own, and notes it in `content`.
