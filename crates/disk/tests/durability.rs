@@ -94,6 +94,35 @@ fn a_poisoned_image_refuses_writes_in_place_too() {
     });
 }
 
+/// What a guest was answered hangs on this process as long as a table that leads to it is in memory only, whoever put the
+/// entry there: its own write, a zeroing, or a copy that it then wrote over in place.
+#[test]
+fn what_hangs_on_this_process_is_known() {
+    Sim::new(1).block_on(async {
+        let world = World::new(Formats::Real, 1, false);
+        world.raw("base", &noise(1, 16 * UNIT as usize));
+        world.create("top", Some(UNIT), 16 * UNIT, Some("base")).await;
+        let disk = world.disk("top", DiskOptions::default()).await;
+        assert!(!disk.has_unsettled_writes());
+        disk.prefetch(GuestOffset(0).range(UNIT)).await.unwrap();
+        assert!(!disk.has_unsettled_writes(), "a copy that is lost is fetched again");
+        write(&disk, 512, &[1; 512]).await.unwrap();
+        assert!(disk.has_unsettled_writes(), "in place, over the copy");
+        let settled = disk.settled();
+        disk.flush().await.unwrap();
+        settled.await;
+        assert!(!disk.has_unsettled_writes());
+        write(&disk, 1024, &[2; 512]).await.unwrap();
+        assert!(!disk.has_unsettled_writes(), "in place, where the table is durable: the page cache keeps it");
+        write(&disk, UNIT, &[3; 512]).await.unwrap();
+        assert!(disk.has_unsettled_writes(), "into a new cluster");
+        disk.flush().await.unwrap();
+        disk.write_zeroes(GuestOffset(2 * UNIT).range(UNIT), true, false).await.unwrap();
+        assert!(disk.has_unsettled_writes(), "a mark");
+        disk.close().await.unwrap();
+    });
+}
+
 #[test]
 fn a_write_in_place_with_fua_costs_one_write() {
     Sim::new(1).block_on(async {

@@ -77,7 +77,9 @@ fn run(options: &Options) -> Result<bool> {
     }
     let rounds = options.rounds.unwrap_or(if options.quick { 2 } else { 5 });
     let seconds = options.seconds.unwrap_or(if options.quick { 1.0 } else { 4.0 });
-    let files = Files::prepare(&options.dir, options.quick)?;
+    // Overlays name their base by its path, which must not hang on where they lie.
+    let dir = std::path::absolute(&options.dir)?;
+    let files = Files::prepare(&dir, options.quick)?;
     let (a, b) = (options.sides[0], *options.sides.last().unwrap_or(&Side::Qsd));
     let mut report = Report::new([a, b], rounds, seconds, files.size());
     for workload in workloads {
@@ -95,7 +97,7 @@ fn run(options: &Options) -> Result<bool> {
         report.add(row);
     }
     println!("{report}");
-    let written = report.write(&options.dir)?;
+    let written = report.write(&dir)?;
     println!("\nwritten to {}", written.display());
     Ok(!options.gate || report.reaches_its_goals())
 }
