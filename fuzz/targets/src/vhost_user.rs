@@ -34,7 +34,8 @@ pub(crate) fn request(input: &[u8]) {
         if let Some((status, written)) = fuzzing::request(memory, u16::from(choice >> 1), choice & 1 != 0, &disk).await
         {
             assert!(status <= 2, "status {status}");
-            assert!(written <= 64 << 10, "{written} bytes written into 64 KiB of memory");
+            // A guest may name the same memory in every descriptor of a table of the greatest length.
+            assert!(written <= 1024 * (64 << 10), "{written} bytes written into 64 KiB of memory");
         }
         assert_eq!(store.size(), SIZE);
         disk.close().await.expect("memory closes");
