@@ -133,7 +133,7 @@ impl Header {
         };
         if (compression != Compression::Deflate) != features.contains(Features::COMPRESSION) {
             let why = "the compression type and its feature bit disagree";
-            return fail(ErrorKind::Invalid, "compression_type", 104, u64::from(bytes[104]), why);
+            return fail(ErrorKind::Invalid, "compression_type", 104, bytes.get(104).copied().unwrap_or(0).into(), why);
         }
         let header = Self {
             version,
@@ -303,6 +303,18 @@ mod tests {
         let mut bytes = sample();
         bytes[79] = 0x20;
         assert!(Header::decode(&bytes).unwrap_err().to_string().contains("bit 5"));
+    }
+
+    #[test]
+    fn a_header_may_end_where_it_says() {
+        let mut bytes = sample();
+        bytes[100..104].copy_from_slice(&104_u32.to_be_bytes());
+        bytes.truncate(V3_BYTES);
+        assert!(Header::decode(&bytes).is_ok());
+        // Another compression is announced, and there is no room to say which.
+        bytes[79] = 8;
+        assert!(Header::decode(&bytes).is_err());
+        assert!((0..V3_BYTES).all(|len| Header::decode(&bytes[..len]).is_err()));
     }
 
     #[test]
