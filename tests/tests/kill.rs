@@ -12,6 +12,7 @@ use headwater_tests::headwater::{Headwater, headwater};
 use headwater_tests::kill::{self, Way, create, released};
 use headwater_tests::qemu::{check, compare, info};
 use headwater_tests::random::Random;
+use headwater_tests::vhost::{Client, Options};
 use headwater_tests::{Result, peer};
 use serde_json::{Value, json};
 
@@ -35,6 +36,39 @@ fn a_front_end_lives_on_over_the_deaths_of_its_servers() -> Result {
     let figures = kill::run(Way::VhostUser, 60, seed)?;
     println!("{figures}");
     assert!(figures.taken_up > 0 && figures.seamless > 0 && figures.flushes > 0, "{figures}");
+    Ok(())
+}
+
+/// Nothing hangs on a server that ends in good order: its guest goes on, whatever it had not flushed.
+#[test]
+fn a_clean_restart_is_seamless() -> Result {
+    peer!("headwater", "qemu-img");
+    let dir = tempfile::tempdir()?;
+    fs::write(dir.path().join("master.raw"), vec![7; 8 << 20])?;
+    let top = create(dir.path())?;
+    let socket = dir.path().join("vhost.sock");
+    let start = || Headwater::serve(dir.path()).image(&top).vhost_user(&socket).start();
+    let mut server = start()?;
+    let mut client = Client::connect_with(&socket, Options { inflight: true, ..Options::default() })?;
+    for round in 0..6_u8 {
+        // Into a new cluster, and never flushed.
+        let at = u64::from(round) << 20;
+        client.write(at, &[round + 1; 4096])?;
+        if round % 2 == 0 {
+            server.quit()?;
+        } else {
+            server.daemon.terminate()?;
+        }
+        server = start()?;
+        client.reconnect(&socket)?;
+        client.flush()?;
+        for written in 0..=round {
+            assert!(client.read(u64::from(written) << 20, 4096)? == [written + 1; 4096], "{written} after {round}");
+        }
+    }
+    drop(client);
+    server.quit()?;
+    check(&top)?.ok()?;
     Ok(())
 }
 

@@ -143,6 +143,7 @@ impl Device {
             Command::Reset => self.stop_all().await,
             Command::Gone => {
                 self.stop_all().await;
+                self.settle().await;
                 self.channel.replace(None);
                 self.keep_ledger(None);
                 self.queues.iter().for_each(|queue| queue.reset());
@@ -164,6 +165,17 @@ impl Device {
         self.target.lost.set(lost);
         self.target.ledger.replace(ledger);
         self.target.note();
+    }
+
+    /// Before the front end is let go, in good order: nothing shall hang on this process any more. It may come back to
+    /// another one.
+    async fn settle(&self) {
+        if self.target.ledger.borrow().is_some() && self.target.disk.has_unsettled_writes() {
+            if let Err(error) = self.target.disk.flush().await {
+                tracing::warn!(disk = self.target.disk.name(), %error, "what the guest was answered could not be kept");
+            }
+            self.target.note();
+        }
     }
 
     async fn queue(&self, index: u16, command: QueueCommand) -> Result<Reply, String> {
@@ -228,6 +240,7 @@ impl Device {
     pub(super) async fn close(&self) {
         self.closing.set(true);
         self.stop_all().await;
+        self.settle().await;
     }
 
     /// Waits until [`Device::serve`] has returned.
