@@ -324,9 +324,8 @@ mod tests {
     /// A queue and its server, of which every store is the last one some time.
     struct Life {
         tracker: Tracker,
-        /// Heads as they were made available, how many of them were taken, and the used ring with its index.
+        /// Heads as they were made available, and the used ring with its index.
         available: Vec<u16>,
-        taken: usize,
         used: Vec<u16>,
         used_index: u16,
     }
@@ -335,7 +334,6 @@ mod tests {
         fn take(&mut self, head: u16) {
             self.available.push(head);
             self.tracker.begin(head);
-            self.taken += 1;
         }
 
         /// As [`super::super::vring`] gives back.
@@ -364,7 +362,7 @@ mod tests {
         for steps in lives {
             for stores in 0..80 {
                 let (region, tracker) = tracker(4);
-                let mut life = Life { tracker, available: Vec::new(), taken: 0, used: Vec::new(), used_index: 0 };
+                let mut life = Life { tracker, available: Vec::new(), used: Vec::new(), used_index: 0 };
                 kill::comes_after(stores);
                 for (takes, head) in steps {
                     if *takes { life.take(*head) } else { life.give_back(*head) }
