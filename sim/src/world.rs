@@ -102,7 +102,11 @@ impl World {
 
     /// Writes here and there into a layer, through a disk of its own, and notes it in `content`.
     async fn write_layer(&self, name: &str, number: usize, content: &mut [Value]) -> Result<()> {
-        let disk = Disk::new(name, open_chain(&Plain(self), name, self.options(name)).await?, DiskOptions::default());
+        let disk = Disk::new(
+            name,
+            open_chain(&Sound { world: self, top: None }, name, self.options(name)).await?,
+            DiskOptions::default(),
+        );
         let size = content.len() as u64;
         // The bottom is mostly full; those above hold less and less.
         let patches = if number == 0 { self.dice.between(2, 6) } else { self.dice.between(0, 5) };
@@ -226,7 +230,7 @@ impl World {
     /// A chain over this image of the top, on sound hardware.
     pub(crate) async fn chain_over(&self, image: &Snapshot) -> Result<(Rc<MemoryStore>, Vec<Layer>)> {
         let top = MemoryStore::from_snapshot(TOP, image.clone());
-        let chain = open_chain(&Over(self, Rc::clone(&top)), TOP, self.options(TOP)).await?;
+        let chain = open_chain(&Sound { world: self, top: Some(Rc::clone(&top)) }, TOP, self.options(TOP)).await?;
         Ok((top, chain))
     }
 
@@ -275,10 +279,13 @@ impl Opener for World {
     }
 }
 
-/// The same files on sound hardware.
-struct Plain<'w>(&'w World);
+/// The same files on sound hardware, the top perhaps another one.
+struct Sound<'w> {
+    world: &'w World,
+    top: Option<Rc<MemoryStore>>,
+}
 
-impl Opener for Plain<'_> {
+impl Opener for Sound<'_> {
     fn open<'a>(
         &'a self,
         name: &'a str,
@@ -286,31 +293,11 @@ impl Opener for Plain<'_> {
         read_only: bool,
     ) -> LocalBoxFuture<'a, Result<Rc<dyn Store>>> {
         Box::pin(async move {
-            let bytes = self.0.bytes(name)?;
-            Ok(if read_only || referrer.is_some() { bytes.read_only() as Rc<dyn Store> } else { bytes })
-        })
-    }
-
-    fn identify(&self, name: &str, _referrer: Option<&str>) -> String {
-        name.to_owned()
-    }
-}
-
-/// The same, with another top.
-struct Over<'w>(&'w World, Rc<MemoryStore>);
-
-impl Opener for Over<'_> {
-    fn open<'a>(
-        &'a self,
-        name: &'a str,
-        referrer: Option<&'a str>,
-        _read_only: bool,
-    ) -> LocalBoxFuture<'a, Result<Rc<dyn Store>>> {
-        Box::pin(async move {
-            if referrer.is_none() {
-                return Ok(Rc::clone(&self.1) as Rc<dyn Store>);
-            }
-            Ok(self.0.bytes(name)?.read_only() as Rc<dyn Store>)
+            Ok(match (&self.top, read_only || referrer.is_some()) {
+                (_, true) => self.world.bytes(name)?.read_only() as Rc<dyn Store>,
+                (Some(top), false) => Rc::clone(top) as Rc<dyn Store>,
+                (None, false) => self.world.bytes(name)?,
+            })
         })
     }
 

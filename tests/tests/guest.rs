@@ -40,6 +40,16 @@ fn serve(dir: &Path, top: &Path) -> Serve {
     Headwater::serve(dir).image(top).arg("--copy-on-read").arg("--cache").arg("none")
 }
 
+/// The image is sound, and so is the file system in it, which is returned as a raw image.
+fn sound(dir: &Path, top: &Path) -> Result<PathBuf> {
+    check(top)?.ok()?;
+    let raw = dir.join("after.raw");
+    let args = ["convert", "-f", "qed", "-O", "raw"].map(OsStr::new);
+    qemu_img(args.into_iter().chain([top.as_os_str(), raw.as_os_str()]))?.ok()?;
+    master::e2fsck(&raw)?.ok()?;
+    Ok(raw)
+}
+
 fn boots_while_it_arrives(export: impl Fn(Serve, &Path) -> Serve, disk: impl Fn(PathBuf) -> Disk) -> Result {
     let dir = tempfile::tempdir()?;
     let (master, top) = overlay(&dir)?;
@@ -65,11 +75,7 @@ fn boots_while_it_arrives(export: impl Fn(Serve, &Path) -> Serve, disk: impl Fn(
 
     assert_eq!(info(&top)?.get("backing-filename"), None, "the backing file is still named");
     std::fs::remove_file(&master.image)?;
-    check(&top)?.ok()?;
-    let raw = dir.path().join("after.raw");
-    let args = ["convert", "-f", "qed", "-O", "raw"].map(OsStr::new);
-    qemu_img(args.into_iter().chain([top.as_os_str(), raw.as_os_str()]))?.ok()?;
-    master::e2fsck(&raw)?.ok()?;
+    let raw = sound(dir.path(), &top)?;
     assert_eq!(master::file_in(&raw, "/written")?, "written by the guest\n");
 
     // A second boot, from what stands alone now.
@@ -113,11 +119,7 @@ fn a_guest_outlives_its_daemon_over_nbd() -> Result {
     let finished = guest.finish(BOOT_PATIENCE)?.ok()?;
     assert_eq!(finished.get("verified")?, master.manifest.lines().count().to_string());
     server.quit()?;
-    check(&top)?.ok()?;
-    let raw = dir.path().join("after.raw");
-    let args = ["convert", "-f", "qed", "-O", "raw"].map(OsStr::new);
-    qemu_img(args.into_iter().chain([top.as_os_str(), raw.as_os_str()]))?.ok()?;
-    master::e2fsck(&raw)?.ok()?;
+    let raw = sound(dir.path(), &top)?;
     assert_eq!(master::file_in(&raw, "/before")?, "before\n");
     assert_eq!(master::file_in(&raw, "/after")?, "after\n");
     Ok(())
@@ -160,11 +162,7 @@ fn a_guest_outlives_its_daemons_over_vhost_user_blk() -> Result {
     assert_eq!(finished.get("errors")?, "0");
     assert_eq!(finished.get("verified")?, master.manifest.lines().count().to_string());
     server.quit()?;
-    check(&top)?.ok()?;
-    let raw = dir.path().join("after.raw");
-    let args = ["convert", "-f", "qed", "-O", "raw"].map(OsStr::new);
-    qemu_img(args.into_iter().chain([top.as_os_str(), raw.as_os_str()]))?.ok()?;
-    master::e2fsck(&raw)?.ok()?;
+    let raw = sound(dir.path(), &top)?;
     assert_eq!(master::file_in(&raw, "/work/sums")?.lines().count(), 25);
     Ok(())
 }
