@@ -19,14 +19,21 @@
 
 pub mod backing;
 pub mod check;
+mod cluster_set;
+mod commits;
 pub mod create;
 pub mod error;
+mod health;
 pub mod open;
 pub mod probe;
 pub mod qcow2;
 pub mod qed;
 pub mod raw;
 pub mod reservation;
+mod room;
+mod slices;
+mod space;
+mod tables;
 
 pub use backing::BackingRef;
 pub use check::{CheckReport, Repair};

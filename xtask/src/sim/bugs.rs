@@ -21,7 +21,8 @@ const fn edit(file: &'static str, old: &'static str, new: &'static str) -> Edit 
 
 const COMMIT: &str = "crates/image/src/qed/commit.rs";
 const HEADER: &str = "crates/image/src/qed/header.rs";
-const SPACE: &str = "crates/image/src/qed/space.rs";
+const SPACE: &str = "crates/image/src/space.rs";
+const HEALTH: &str = "crates/image/src/health.rs";
 
 /// All of them.
 pub(super) const BUGS: &[Bug] = &[
@@ -33,16 +34,16 @@ pub(super) const BUGS: &[Bug] = &[
         name: "a table's pointer is written without a barrier after the table",
         edits: &[edit(
             COMMIT,
-            "        self.barrier().await?;\n        if epoch.tables.is_empty() {\n            return Ok(());\n        }\n",
-            "        if epoch.tables.is_empty() {\n            return self.barrier().await;\n        }\n",
+            "        self.health.barrier().await?;\n        if epoch.tables.is_empty() {\n            return Ok(());\n        }\n",
+            "        if epoch.tables.is_empty() {\n            return self.health.barrier().await;\n        }\n",
         )],
     },
     Bug {
         name: "the last barrier of a commit is left out",
         edits: &[edit(
             COMMIT,
-            "Iov::from_slice(&bytes)))).await?;\n        self.barrier().await\n",
-            "Iov::from_slice(&bytes)))).await\n",
+            "self.health.write_all(entries).await?;\n        self.health.barrier().await\n",
+            "self.health.write_all(entries).await\n",
         )],
     },
     Bug {
@@ -136,7 +137,7 @@ pub(super) const BUGS: &[Bug] = &[
     Bug {
         name: "a failed barrier is taken for a good one",
         edits: &[edit(
-            "crates/image/src/qed/mod.rs",
+            HEALTH,
             "        self.store.flush().await.map_err(|e| self.fail(e.into()))\n",
             "        let _ = self.store.flush().await;\n        Ok(())\n",
         )],
@@ -144,7 +145,11 @@ pub(super) const BUGS: &[Bug] = &[
     Bug {
         name: "a commit serves those who came after its copies were taken",
         edits: &[
-            edit(COMMIT, "Ok(()) => commits.served = upto,", "Ok(()) => commits.served = commits.tickets,"),
+            edit(
+                "crates/image/src/commits.rs",
+                "Ok(()) => state.served = upto,",
+                "Ok(()) => state.served = state.tickets,",
+            ),
             edit(
                 "crates/disk/src/flush.rs",
                 "        let round = Rc::clone(flusher.next.borrow_mut().get_or_insert_default());\n        if !flusher.running.replace(true) {\n            drop(ring::spawn(Rc::clone(self).run_commits()));\n        }\n        round.result().await\n",
@@ -199,9 +204,9 @@ pub(super) const BUGS: &[Bug] = &[
     Bug {
         name: "a failed write of a table does not poison",
         edits: &[edit(
-            COMMIT,
-            "result.map_err(|e| self.fail(e.into()))\n    }\n}",
-            "result.map_err(Into::into)\n    }\n}",
+            HEALTH,
+            "self.store.write(at, bytes, false).await.map_err(|e| self.fail(e.into()))",
+            "self.store.write(at, bytes, false).await.map_err(Into::into)",
         )],
     },
 ];

@@ -9,25 +9,23 @@
 use super::resolve::{SlicePin, Table};
 use super::{Core, detached};
 use crate::reservation::Reserved;
+use crate::room::Held;
 use crate::{ErrorKind, Keep, Linked, Mapping, Purpose, Reservation, Result};
 use layout::qed::{L2Entry, SLICE_ENTRIES};
-use layout::{GuestOffset, GuestRange, HostOffset, HostRange};
+use layout::{GuestOffset, GuestRange};
 use std::rc::Rc;
-use store::{Operation, ZeroMode};
+use store::ZeroMode;
 
 /// Most bytes one reservation takes (it takes at least one cluster).
 const MAX_RUN: u64 = 64 << 20;
 
-/// The store grows ahead by an eighth of what is in use, within these bounds: few changes of its length, little to cut off.
-const GROW_AHEAD: std::ops::RangeInclusive<u64> = 1 << 20..=32 << 20;
-
 impl Core {
     /// See [`crate::Image::reserve`].
     pub(super) async fn reserve(self: &Rc<Self>, range: GuestRange, purpose: Purpose) -> Result<Reservation> {
-        self.check_writable()?;
+        self.health.check_writable()?;
         let geometry = self.geometry;
         let reach = self.size().max(self.reach.get());
-        self.check_range(range, reach.next_multiple_of(geometry.cluster_size()))?;
+        self.health.check_range(range, reach.next_multiple_of(geometry.cluster_size()))?;
         let busy = Busy::new(self);
         self.mark().await?;
         if self.cache.borrow().is_crowded() {
@@ -43,13 +41,13 @@ impl Core {
             Purpose::Zero => None,
             Purpose::Data => {
                 let most = MAX_RUN.max(geometry.cluster_size());
-                Some(Held::take(self, want.min(most)).await?)
+                Some(self.room.take(want.min(most)).await?)
             }
         };
-        self.check_poison()?;
+        self.health.check_poison()?;
         let (host, len, zeroed) = match &space {
             None => (None, want, false),
-            Some(held) => (Some(held.range.start()), held.range.len(), held.zeroed),
+            Some(held) => (Some(held.range().start()), held.range().len(), held.zeroed()),
         };
         let clusters = Clusters { space, slice, table, _busy: busy, core: self.clone() };
         Ok(Reservation::new(start.range(len), host, Box::new(clusters)).with_zeroed(zeroed))
@@ -57,12 +55,12 @@ impl Core {
 
     /// See [`crate::Image::write_zeroes`].
     pub(super) async fn write_zeroes(self: &Rc<Self>, range: GuestRange, unmap: bool, masked: bool) -> Result<()> {
-        self.check_writable()?;
+        self.health.check_writable()?;
         let (cluster, size) = (self.geometry.cluster_size(), self.size());
-        self.check_range(range, size.next_multiple_of(cluster))?;
+        self.health.check_range(range, size.next_multiple_of(cluster))?;
         if !range.start().is_aligned(cluster) || !(range.end().is_aligned(cluster) || range.end().get() == size) {
             let what = format!("the range {range} to be zeroed is not whole clusters");
-            return Err(self.error(ErrorKind::InvalidArgument, None, what));
+            return Err(self.health.error(ErrorKind::InvalidArgument, None, what));
         }
         let end = range.end().min(GuestOffset(size));
         let mut at = range.start();
@@ -95,80 +93,6 @@ impl Core {
         }
         Ok(())
     }
-
-    /// Makes the store at least so long that `bytes` more can be handed out, if it can be had; at least one cluster.
-    async fn grow(self: &Rc<Self>, bytes: u64, how: Growth) -> Result<()> {
-        let core = self.clone();
-        detached(async move {
-            let _growing = core.growing.lock().await;
-            let (end, room) = {
-                let space = core.space.borrow();
-                (space.end(), space.grown() - space.end())
-            };
-            let cluster = core.geometry.cluster_size();
-            let (least, most) = match how {
-                Growth::Data => {
-                    let ahead = (end / 8).clamp(*GROW_AHEAD.start(), *GROW_AHEAD.end());
-                    (cluster, bytes.max(ahead.next_multiple_of(cluster)))
-                }
-                Growth::Table => (bytes, bytes),
-            };
-            if room >= least {
-                return Ok(());
-            }
-            let mut failed = None;
-            for len in [most, bytes, least] {
-                match core.lengthen(end, len, how).await {
-                    Ok(()) => {
-                        core.space.borrow_mut().grew(end + len);
-                        return Ok(());
-                    }
-                    Err(error) if error.kind() == store::ErrorKind::NoSpace => failed = Some(error),
-                    Err(error) => return Err(error.into()),
-                }
-            }
-            Err(failed.map_or_else(|| core.no_space(), Into::into))
-        })
-        .await
-    }
-
-    /// Lengthens the store to `end + len` bytes: with space behind it for data, without for a table, most of which stays empty.
-    async fn lengthen(&self, end: u64, len: u64, how: Growth) -> store::Result<()> {
-        let Some(target) = end.checked_add(len).filter(|target| i64::try_from(*target).is_ok()) else {
-            let range = HostOffset(end).range(len);
-            let why = "no file can be that long";
-            return Err(store::Error::new(
-                store::ErrorKind::NoSpace,
-                Operation::Allocate,
-                self.store.name(),
-                Some(range),
-                why,
-            ));
-        };
-        if how == Growth::Data {
-            match self.store.allocate(HostOffset(end).range(len)).await {
-                Err(error) if error.kind() == store::ErrorKind::NoSpace => return Err(error),
-                // Only a hint.
-                Ok(()) | Err(_) => {}
-            }
-        }
-        if self.store.size() < target {
-            self.store.set_size(target).await?;
-        }
-        Ok(())
-    }
-
-    fn no_space(&self) -> crate::Error {
-        let why = "no free cluster is left, and the store cannot grow";
-        store::Error::new(store::ErrorKind::NoSpace, Operation::Allocate, self.store.name(), None, why).into()
-    }
-}
-
-/// What the store is lengthened for.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Growth {
-    Data,
-    Table,
 }
 
 /// Counts a reservation (also in the making).
@@ -186,59 +110,6 @@ impl Busy {
 impl Drop for Busy {
     fn drop(&mut self) {
         self.core.active.set(self.core.active.get() - 1);
-    }
-}
-
-/// Space taken and not linked yet.
-struct Held {
-    core: Rc<Core>,
-    range: HostRange,
-    zeroed: bool,
-}
-
-impl Held {
-    /// Takes up to `want` bytes, at least a cluster.
-    async fn take(core: &Rc<Core>, want: u64) -> Result<Self> {
-        loop {
-            let taken = core.space.borrow_mut().take(want);
-            if let Some(taken) = taken {
-                return Ok(Self { core: core.clone(), range: taken.range, zeroed: taken.zeroed });
-            }
-            if !core.space.borrow().growable() {
-                return Err(core.no_space());
-            }
-            core.grow(want, Growth::Data).await?;
-        }
-    }
-
-    /// Takes the clusters of a table and sees to it that they read as zeros. Not to be dropped half way.
-    async fn take_table(core: &Rc<Core>) -> Result<Self> {
-        let bytes = core.geometry.table_bytes();
-        let held = loop {
-            let taken = core.space.borrow_mut().take_whole(bytes);
-            if let Some(taken) = taken {
-                break Self { core: core.clone(), range: taken.range, zeroed: taken.zeroed };
-            }
-            if !core.space.borrow().growable() {
-                return Err(core.no_space());
-            }
-            core.grow(bytes, Growth::Table).await?;
-        };
-        if !held.zeroed {
-            core.store.zero(held.range, ZeroMode { unmap: true }).await?;
-        }
-        Ok(held)
-    }
-
-    /// Lets go of it: from now on something refers to it.
-    fn keep(mut self) -> HostRange {
-        std::mem::take(&mut self.range)
-    }
-}
-
-impl Drop for Held {
-    fn drop(&mut self) {
-        self.core.space.borrow_mut().give_back(self.range);
     }
 }
 
@@ -260,8 +131,8 @@ impl TablePin {
             if let Some(pin) = Self::existing(&core, index)? {
                 return Ok(pin);
             }
-            let at = Held::take_table(&core).await?.keep().start();
-            core.tables.borrow_mut().add_fresh(index, at);
+            let at = core.room.take_zeroed(core.geometry.table_bytes()).await?.keep().start();
+            core.tables.borrow_mut().add_fresh(index, at, true);
             Ok(Self { core: core.clone(), index })
         })
         .await
@@ -281,7 +152,7 @@ impl Drop for TablePin {
         let gone = self.core.tables.borrow_mut().unpin(self.index);
         if let Some(at) = gone {
             let table = at.range(self.core.geometry.table_bytes());
-            self.core.space.borrow_mut().give_back(table);
+            self.core.room.space.borrow_mut().give_back(table);
         }
     }
 }
@@ -301,7 +172,7 @@ impl Reserved for Clusters {
         let cluster = core.geometry.cluster_size();
         let (host, zeroed) = match self.space.take() {
             Some(held) => {
-                let zeroed = held.zeroed;
+                let zeroed = held.zeroed();
                 (Some(held.keep().start()), zeroed)
             }
             None => (None, true),
@@ -320,9 +191,9 @@ impl Reserved for Clusters {
             };
             if wanted && !veto(at) {
                 let entry = mine.map_or(L2Entry::Zero, L2Entry::Data);
-                core.cache.borrow_mut().set(self.slice.number(), index, entry.encode());
+                core.cache.borrow_mut().change(self.slice.number(), |slice| slice.set(index, entry.encode()));
                 if let Ok(L2Entry::Data(old)) = core.rules.l2(current, core.store.size()) {
-                    core.space.borrow_mut().unlink(old.range(cluster));
+                    core.room.space.borrow_mut().unlink(old.range(cluster));
                 }
                 if current != 0 || !harmless {
                     core.barrier_due.set(true);
@@ -330,7 +201,7 @@ impl Reserved for Clusters {
                 done.linked += cluster;
             } else {
                 if let Some(mine) = mine {
-                    core.space.borrow_mut().give_back(mine.range(cluster));
+                    core.room.space.borrow_mut().give_back(mine.range(cluster));
                 }
                 done.dropped += cluster;
             }

@@ -9,9 +9,9 @@
 //! * Tables are streamed; memory is the set of clusters and the list of tables, each bounded by what the store really holds.
 //! * What could not be read is not judged: then no cluster is called a leak, and nothing is repaired on its account.
 
-use super::cluster_set::{ClusterSet, TooScattered};
 use super::repair::Fixer;
 use super::{Core, Space, Tables};
+use crate::cluster_set::{ClusterSet, TooScattered};
 use crate::{CheckReport, ErrorKind, Repair, Result};
 use layout::HostOffset;
 use layout::qed::{Features, L1Entry, L2Entry, SLICE_BYTES, SLICE_ENTRIES, Slice};
@@ -104,7 +104,7 @@ impl Scan {
         let header = u64::from(core.header.get().header_clusters);
         self.clusters = core.store.size() >> core.geometry.cluster_bits();
         // A device has the size it has; what is not in use there is no leak.
-        let known = self.report.check_errors == 0 && core.space.borrow().growable();
+        let known = self.report.check_errors == 0 && core.room.space.borrow().growable();
         self.report.leaks = if known { self.clusters.saturating_sub(header + self.used.len()) } else { 0 };
         self.report.image_end_offset = self.used.end().max(header) << core.geometry.cluster_bits();
     }
@@ -370,14 +370,18 @@ impl Core {
     /// See [`crate::Image::check`].
     pub(super) async fn check(self: &Rc<Self>, repair: Repair) -> Result<CheckReport> {
         if repair != Repair::None {
-            self.check_writable()?;
+            self.health.check_writable()?;
         }
         if self.active.get() > 0 {
-            return Err(self.error(ErrorKind::Busy, None, "the image is being written to; check it when it is idle"));
+            return Err(self.health.error(
+                ErrorKind::Busy,
+                None,
+                "the image is being written to; check it when it is idle",
+            ));
         }
-        if !self.read_only && !self.for_check && self.poison.borrow().is_none() {
+        if !self.health.read_only() && !self.for_check && !self.health.is_poisoned() {
             self.commit().await?;
-            self.trim().await?;
+            self.room.trim().await?;
         }
         let mut scan = Scan::run(self, None).await?;
         if repair == Repair::All && scan.report.corruptions > 0 {
@@ -415,7 +419,7 @@ impl Core {
                  entries left); check it, or open it read-only; first finding: {first}",
                 scan.report.check_errors, scan.report.corruptions
             );
-            return Err(self.error(ErrorKind::Corrupt, None, what));
+            return Err(self.health.error(ErrorKind::Corrupt, None, what));
         }
         if scan.report.corruptions_fixed > 0 {
             tracing::warn!(
@@ -429,7 +433,7 @@ impl Core {
             self.adopt_free(&scan).await?;
         }
         if self.needs_check() {
-            let holes = self.space.borrow().growable() && self.space.borrow().has_holes();
+            let holes = self.room.space.borrow().growable() && self.room.space.borrow().has_holes();
             if holes {
                 // Need-check stays until they are filled.
                 self.marked.set(true);
@@ -445,7 +449,7 @@ impl Core {
     async fn adopt_free(&self, scan: &Scan) -> Result<()> {
         let bits = self.geometry.cluster_bits();
         let header = u64::from(self.header.get().header_clusters);
-        let growable = self.space.borrow().growable();
+        let growable = self.room.space.borrow().growable();
         let end = if growable { scan.used.end().max(header) } else { scan.clusters };
         if growable && self.store.size() > end << bits {
             self.store.set_size(end << bits).await?;
@@ -457,7 +461,7 @@ impl Core {
             space.give_back(HostOffset(gap.start << bits).range((gap.end - gap.start) << bits));
             at = gap.end;
         }
-        *self.space.borrow_mut() = space;
+        *self.room.space.borrow_mut() = space;
         Ok(())
     }
 
@@ -471,14 +475,14 @@ impl Core {
         let header = self.header.get();
         let l1 = super::open::read_l1(&*self.store, &header, 0, header.image_size).await?;
         self.cache.borrow_mut().clear();
-        *self.tables.borrow_mut() = Tables::new(l1);
-        let growable = self.space.borrow().growable();
-        *self.space.borrow_mut() = Space::full(self.geometry.cluster_size(), self.store.size(), growable);
+        *self.tables.borrow_mut() = Tables::new(super::L1_FORM, l1);
+        let growable = self.room.space.borrow().growable();
+        *self.room.space.borrow_mut() = Space::full(self.geometry.cluster_size(), self.store.size(), growable);
         Ok(())
     }
 
     async fn clear_need_check(&self) -> Result<()> {
-        self.barrier().await?;
+        self.health.barrier().await?;
         let mut zone = self.zone.lock().await;
         let mut header = self.header.get();
         header.features -= Features::NEED_CHECK;

@@ -1,15 +1,15 @@
 //! What was linked becomes durable.
 //!
 //! **Invariants.**
-//! * One commit at a time. It writes the entries that were linked when it began, from copies taken at that moment.
+//! * A commit writes the entries that were linked when it began, from copies taken at that moment.
 //! * An entry is written only after a barrier that covers its data, an L1 entry only after a barrier that covers its table.
 //! * A failure of a write or a barrier poisons the image; what was not written stays dirty in memory, where reads see it.
 
 use super::Core;
-use super::tables::Publication;
-use crate::{Error, Result};
-use futures_util::StreamExt;
-use futures_util::stream::FuturesUnordered;
+use crate::Result;
+use crate::commits::{Commits, Epochs};
+use crate::health::Health;
+use crate::tables::Publication;
 use layout::qed::{SLICE_BYTES, Slice};
 use layout::{HostOffset, HostRange};
 use ring::Iov;
@@ -17,19 +17,6 @@ use std::rc::Rc;
 
 /// Slices that lie side by side are written together, this many at most (256 KiB: a table of the default geometry).
 const RUN: usize = 64;
-
-/// Writes under way at once.
-const WRITES: usize = 8;
-
-/// Who waits for which commit. Every call takes a ticket; a commit serves the tickets taken before its copies were.
-#[derive(Default)]
-pub(super) struct Commits {
-    tickets: u64,
-    served: u64,
-    running: bool,
-    /// The tickets a failed commit would have served, and why it failed. There is no other after it.
-    failed: Option<(u64, Error)>,
-}
 
 /// What one commit is about to make durable.
 struct Epoch {
@@ -44,59 +31,29 @@ struct Epoch {
 impl Core {
     /// See [`crate::Image::is_dirty`].
     pub(super) fn is_dirty(&self) -> bool {
-        self.cache.borrow().is_dirty() || self.commits.borrow().running
+        self.cache.borrow().is_dirty() || self.commits.is_running()
     }
 
     /// See [`crate::Image::commit`].
     pub(super) async fn commit(self: &Rc<Self>) -> Result<()> {
-        if self.read_only {
+        if self.health.read_only() {
             return Ok(());
         }
-        self.check_poison()?;
+        self.health.check_poison()?;
         if !self.is_dirty() {
-            return self.barrier().await;
+            return self.health.barrier().await;
         }
-        let (ticket, idle) = {
-            let mut commits = self.commits.borrow_mut();
-            commits.tickets += 1;
-            (commits.tickets, !std::mem::replace(&mut commits.running, true))
-        };
-        if idle {
-            // Detached: dropping the handle leaves it running.
-            drop(super::detached(self.clone().run()));
-        }
-        loop {
-            let wait = {
-                let commits = self.commits.borrow();
-                if commits.served >= ticket {
-                    return Ok(());
-                }
-                match &commits.failed {
-                    Some((upto, cause)) if ticket <= *upto => return Err(cause.clone()),
-                    Some((_, cause)) => return Err(Error::poisoned(self.store.name(), cause)),
-                    None => self.committed.wait(),
-                }
-            };
-            wait.await;
-        }
+        crate::commits::commit(self).await
+    }
+}
+
+impl Epochs for Core {
+    fn commits(&self) -> &Commits {
+        &self.commits
     }
 
-    /// Commits until every ticket is served.
-    async fn run(self: Rc<Self>) {
-        loop {
-            let upto = self.commits.borrow().tickets;
-            let result = self.commit_epoch().await;
-            let mut commits = self.commits.borrow_mut();
-            match result {
-                Ok(()) => commits.served = upto,
-                Err(cause) => commits.failed = Some((upto, cause)),
-            }
-            commits.running = commits.failed.is_none() && commits.tickets > upto;
-            self.committed.notify_all();
-            if !commits.running {
-                return;
-            }
-        }
+    fn health(&self) -> &Health {
+        &self.health
     }
 
     async fn commit_epoch(&self) -> Result<()> {
@@ -108,7 +65,7 @@ impl Core {
         if !failed {
             self.tables.borrow_mut().published(&epoch.tables);
         }
-        let mut space = self.space.borrow_mut();
+        let mut space = self.room.space.borrow_mut();
         for range in epoch.unlinked.drain(..) {
             if failed {
                 space.unlink(range);
@@ -120,7 +77,9 @@ impl Core {
         self.unpinned.notify_all();
         result
     }
+}
 
+impl Core {
     /// Copies of what is dirty now.
     fn begin_epoch(&self) -> Result<Epoch> {
         let mut cache = self.cache.borrow_mut();
@@ -138,7 +97,7 @@ impl Core {
                     let what =
                         format!("internal error: no table for the changed entries at guest offset {start} ({other:?})");
                     cache.end_commit(numbers, true);
-                    return Err(self.fail(self.error(crate::ErrorKind::Corrupt, None, what)));
+                    return Err(self.health.fail(self.health.error(crate::ErrorKind::Corrupt, None, what)));
                 }
             }
         }
@@ -147,51 +106,37 @@ impl Core {
             slices,
             numbers,
             tables: self.tables.borrow().unpublished(),
-            unlinked: self.space.borrow_mut().take_unlinked(),
+            unlinked: self.room.space.borrow_mut().take_unlinked(),
             barrier_due: self.barrier_due.take(),
         })
     }
 
     async fn write_epoch(&self, epoch: &Epoch) -> Result<()> {
         if epoch.slices.is_empty() {
-            return self.barrier().await;
+            return self.health.barrier().await;
         }
         if epoch.barrier_due {
-            self.barrier().await?;
+            self.health.barrier().await?;
         }
         let near = |a: &(HostOffset, Slice), b: &(HostOffset, Slice)| a.0 + SLICE_BYTES as u64 == b.0;
         let runs = epoch.slices.chunk_by(near).flat_map(|run| run.chunks(RUN));
-        self.write_all(runs.map(|run| {
-            let bytes = Iov::alloc(run.len() * SLICE_BYTES);
-            for (i, (_, slice)) in run.iter().enumerate() {
-                bytes.write(i * SLICE_BYTES, &slice.encode());
-            }
-            (run[0].0, bytes)
-        }))
-        .await?;
-        self.barrier().await?;
+        self.health
+            .write_all(runs.map(|run| {
+                let bytes = Iov::alloc(run.len() * SLICE_BYTES);
+                for (i, (_, slice)) in run.iter().enumerate() {
+                    bytes.write(i * SLICE_BYTES, &slice.encode());
+                }
+                (run[0].0, bytes)
+            }))
+            .await?;
+        self.health.barrier().await?;
         if epoch.tables.is_empty() {
             return Ok(());
         }
         let l1 = self.header.get().l1_table;
         let entries = self.tables.borrow().l1_slices(&epoch.tables);
-        self.write_all(entries.into_iter().map(|(offset, bytes)| (l1 + offset, Iov::from_slice(&bytes)))).await?;
-        self.barrier().await
-    }
-
-    /// Several writes of metadata at once. A failure poisons.
-    async fn write_all(&self, writes: impl Iterator<Item = (HostOffset, Iov)>) -> Result<()> {
-        let mut under_way = FuturesUnordered::new();
-        let mut result = Ok(());
-        for (at, bytes) in writes {
-            if under_way.len() == WRITES {
-                result = result.and(under_way.next().await.unwrap_or(Ok(())));
-            }
-            under_way.push(self.store.write(at, bytes, false));
-        }
-        while let Some(written) = under_way.next().await {
-            result = result.and(written);
-        }
-        result.map_err(|e| self.fail(e.into()))
+        let entries = entries.into_iter().map(|(offset, bytes)| (l1 + offset, Iov::from_slice(&bytes)));
+        self.health.write_all(entries).await?;
+        self.health.barrier().await
     }
 }

@@ -27,17 +27,17 @@ pub(super) async fn compact(core: &Rc<Core>, scan: &mut Scan) -> Result<()> {
     match mover.run(scan).await {
         Ok(()) => {}
         // Unless it was an entry that found no space: what that looks like now nobody knows.
-        Err(error) if error.is_no_space() && core.poison.borrow().is_none() => {
+        Err(error) if error.is_no_space() && !core.health.is_poisoned() => {
             tracing::warn!(image = core.store.name(), %error, "no space to fill holes in");
         }
         Err(error) => return Err(error),
     }
-    core.barrier().await?;
-    if core.space.borrow().growable() {
+    core.health.barrier().await?;
+    if core.room.space.borrow().growable() {
         let end = scan.used.end().max(header) << core.geometry.cluster_bits();
         if core.store.size() > end {
             core.store.set_size(end).await?;
-            core.barrier().await?;
+            core.health.barrier().await?;
         }
     }
     Ok(())
@@ -64,7 +64,7 @@ struct Mover {
 
 impl Mover {
     async fn run(&mut self, scan: &mut Scan) -> Result<()> {
-        if scan.used.end() <= self.target || !self.core.space.borrow().growable() {
+        if scan.used.end() <= self.target || !self.core.room.space.borrow().growable() {
             return Ok(());
         }
         if self.core.header.get().l1_range().end().get() >> self.bits() > self.target {
@@ -176,20 +176,20 @@ impl Mover {
                 if moves.is_empty() {
                     continue;
                 }
-                core.barrier().await?;
+                core.health.barrier().await?;
                 for m in &moves {
                     slice.set(m.entry, self.at(m.new).get());
                 }
                 let bytes = Iov::from_slice(&slice.encode());
                 let at = table + slice_number * SLICE_BYTES as u64;
-                core.store.write(at, bytes, false).await.map_err(|e| core.fail(e.into()))?;
+                core.store.write(at, bytes, false).await.map_err(|e| core.health.fail(e.into()))?;
                 // The old places are behind the target or in a window: nothing is put there before the barrier below.
                 for m in &moves {
                     scan.used.remove(m.old);
                 }
             }
         }
-        core.barrier().await
+        core.health.barrier().await
     }
 
     /// Copies the data clusters of one slice that are misplaced; what was copied is in `moves` and marked as used, also when it
@@ -268,14 +268,14 @@ impl Mover {
             let bytes = Iov::from_slice(&slice.encode());
             core.store.write(new + slice_number * SLICE_BYTES as u64, bytes, false).await?;
         }
-        core.barrier().await?;
+        core.health.barrier().await?;
         // One entry changes; the rest of its slice of the L1 table is written as it is on disk.
         let slice_at = core.header.get().l1_table + index / SLICE_ENTRIES as u64 * SLICE_BYTES as u64;
         let bytes = Iov::alloc(SLICE_BYTES);
         core.store.read(slice_at, bytes.clone()).await?;
         bytes.write(index as usize % SLICE_ENTRIES * 8, &new.get().to_le_bytes());
-        core.store.write(slice_at, bytes, false).await.map_err(|e| core.fail(e.into()))?;
-        core.barrier().await?;
+        core.store.write(slice_at, bytes, false).await.map_err(|e| core.health.fail(e.into()))?;
+        core.health.barrier().await?;
         for cluster in self.clusters(new) {
             scattered(core, scan.used.insert(cluster))?;
         }
@@ -287,7 +287,7 @@ impl Mover {
     }
 }
 
-fn scattered<T>(core: &Core, result: std::result::Result<T, super::cluster_set::TooScattered>) -> Result<T> {
+fn scattered<T>(core: &Core, result: std::result::Result<T, crate::cluster_set::TooScattered>) -> Result<T> {
     let what = "the image's clusters are too scattered for its holes to be filled";
     result.map_err(|_| Error::new(ErrorKind::Unsupported, core.store.name(), None, what))
 }

@@ -99,7 +99,7 @@ impl Core {
     async fn write_header(&self, zone: &mut HeaderZone, header: Header) -> Result<()> {
         zone.bytes[..HEADER_BYTES].copy_from_slice(&header.encode());
         let written = zone.write(&*self.store, 0..ATOMIC).await;
-        written.map_err(|e| self.fail(e))?;
+        written.map_err(|e| self.health.fail(e))?;
         self.header.set(header);
         Ok(())
     }
@@ -107,7 +107,7 @@ impl Core {
     /// Writes `header` durably.
     pub(super) async fn publish_header(&self, zone: &mut HeaderZone, header: Header) -> Result<()> {
         self.write_header(zone, header).await?;
-        self.barrier().await
+        self.health.barrier().await
     }
 
     /// Sets need-check, durably, unless that was done.
@@ -121,7 +121,7 @@ impl Core {
             if core.marked.get() {
                 return Ok(());
             }
-            core.check_poison()?;
+            core.health.check_poison()?;
             let mut header = core.header.get();
             header.features |= Features::NEED_CHECK;
             core.publish_header(&mut zone, header).await?;
@@ -134,18 +134,18 @@ impl Core {
     /// Commits and, if nothing is in flight, gives the unused tail back and clears need-check. Holes in the middle keep
     /// need-check set: only a check finds them again after a crash.
     pub(super) async fn settle(self: &Rc<Self>) -> Result<()> {
-        if self.read_only {
+        if self.health.read_only() {
             return Ok(());
         }
         self.commit().await?;
         let mut zone = self.zone.lock().await;
         if !self.marked.get() || self.active.get() > 0 || self.is_dirty() {
-            return self.check_poison();
+            return self.health.check_poison();
         }
         // From here on, a reservation waits for the zone.
         self.marked.set(false);
-        let holes = self.space.borrow().has_holes() && self.space.borrow().growable();
-        if let Err(error) = self.trim().await {
+        let holes = self.room.space.borrow().has_holes() && self.room.space.borrow().growable();
+        if let Err(error) = self.room.trim().await {
             self.marked.set(true);
             return Err(error);
         }
@@ -153,7 +153,7 @@ impl Core {
             self.marked.set(true);
             return Ok(());
         }
-        self.barrier().await?;
+        self.health.barrier().await?;
         let mut header = self.header.get();
         header.features -= Features::NEED_CHECK;
         self.publish_header(&mut zone, header).await?;
@@ -161,26 +161,9 @@ impl Core {
         Ok(())
     }
 
-    /// Cuts off what lies behind the last cluster in use. Nothing is reserved.
-    pub(super) async fn trim(&self) -> Result<()> {
-        let _growing = self.growing.lock().await;
-        let length = {
-            let mut space = self.space.borrow_mut();
-            if !space.growable() {
-                return Ok(());
-            }
-            space.trim()
-        };
-        if self.store.size() > length {
-            self.store.set_size(length).await?;
-            self.space.borrow_mut().trimmed();
-        }
-        Ok(())
-    }
-
     /// See [`crate::Image::set_backing`].
     pub(super) async fn set_backing(self: &Rc<Self>, backing: Option<BackingRef>) -> Result<()> {
-        self.check_writable()?;
+        self.health.check_writable()?;
         if let Some(backing) = &backing {
             check_backing(self.store.name(), backing)?;
         }
@@ -193,7 +176,7 @@ impl Core {
         let mut new = 0..0;
         if let Some(backing) = &backing {
             new = zone.room_for_name(backing.name.len(), old.clone()).ok_or_else(|| {
-                self.error(
+                self.health.error(
                     ErrorKind::Unsupported,
                     None,
                     "the header has no room for the name of the backing file; use a shorter one",
@@ -204,8 +187,8 @@ impl Core {
                 zone.bytes[new.clone()].copy_from_slice(backing.name.as_bytes());
             } else {
                 zone.bytes[new.clone()].copy_from_slice(backing.name.as_bytes());
-                zone.write(&*self.store, new.clone()).await.map_err(|e| self.fail(e))?;
-                self.barrier().await?;
+                zone.write(&*self.store, new.clone()).await.map_err(|e| self.health.fail(e))?;
+                self.health.barrier().await?;
             }
         } else {
             wipe(&mut zone.bytes, old.clone(), ..ATOMIC);
@@ -219,26 +202,26 @@ impl Core {
             for at in old.clone().filter(|at| !new.contains(at)) {
                 zone.bytes[at] = 0;
             }
-            zone.write(&*self.store, old).await.map_err(|e| self.fail(e))?;
+            zone.write(&*self.store, old).await.map_err(|e| self.health.fail(e))?;
         }
         Ok(())
     }
 
     /// See [`crate::Image::resize`].
     pub(super) async fn resize(self: &Rc<Self>, size: u64) -> Result<()> {
-        self.check_writable()?;
+        self.health.check_writable()?;
         let mut zone = self.zone.lock().await;
         let old = self.size();
         if size < old {
             let what = format!("a QED image cannot shrink (it has {old} bytes, {size} were asked for)");
-            return Err(self.error(ErrorKind::InvalidArgument, None, what));
+            return Err(self.health.error(ErrorKind::InvalidArgument, None, what));
         }
         let header = Header { image_size: size, ..self.header.get() };
-        header.validate().map_err(|e| self.error(ErrorKind::InvalidArgument, None, e.to_string()))?;
+        header.validate().map_err(|e| self.health.error(ErrorKind::InvalidArgument, None, e.to_string()))?;
         self.load_l1_for(size).await?;
         self.check_nothing_behind(old).await?;
         self.zero_rest_of_last_cluster(old).await?;
-        self.barrier().await?;
+        self.health.barrier().await?;
         self.publish_header(&mut zone, header).await
     }
 
@@ -262,14 +245,14 @@ impl Core {
                 self.0.reach.set(0);
             }
         }
-        self.check_writable()?;
+        self.health.check_writable()?;
         let cluster = self.geometry.cluster_size();
         let zone = self.zone.lock().await;
         let old = self.size();
         let end = until.align_up(cluster);
         if end.get() > self.geometry.max_image_size() {
             let what = format!("a disk of {until} bytes is more than the image can hold");
-            return Err(self.error(ErrorKind::InvalidArgument, None, what));
+            return Err(self.health.error(ErrorKind::InvalidArgument, None, what));
         }
         self.load_l1_for(end.get()).await?;
         self.check_nothing_behind(old).await?;
@@ -319,7 +302,7 @@ impl Core {
             let is_mark = |raw: &[u8; 8]| matches!(u64::from_le_bytes(*raw), 0 | 1);
             if let Some(found) = bytes.as_chunks::<8>().0.iter().position(|raw| !is_mark(raw)) {
                 let what = "a table has data behind the end of the disk; check and repair the image";
-                return Err(self.corrupt(part.start() + found as u64 * 8, what));
+                return Err(self.health.corrupt(part.start() + found as u64 * 8, what));
             }
             rest = rest.skip(part.len());
         }

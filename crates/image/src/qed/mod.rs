@@ -1,8 +1,8 @@
 //! QED, the QEMU Enhanced Disk format.
 //!
 //! * `open`, `create`: the header's way in and out;
-//! * `resolve`: where a guest's bytes are; `cache`, `tables`: what of the tables is in memory;
-//! * `allocate`: reservations; `space`: which clusters may be handed out;
+//! * `resolve`: where a guest's bytes are;
+//! * `allocate`: reservations;
 //! * `commit`: what was linked becomes durable;
 //! * `header`: need-check, size and backing reference;
 //! * `check`, `repair`, `compact`: consistency of what is on disk.
@@ -20,9 +20,7 @@
 //! own; a caller that goes away leaves it running.
 
 mod allocate;
-mod cache;
 mod check;
-mod cluster_set;
 mod commit;
 mod compact;
 mod create;
@@ -30,29 +28,28 @@ mod header;
 mod open;
 mod repair;
 mod resolve;
-mod space;
-mod tables;
 
 pub(crate) use create::{create, validate};
 pub(crate) use open::open;
 pub use open::open_with_table_memory;
 
+use crate::commits::Commits;
+use crate::health::Health;
+use crate::room::Room;
+use crate::slices::SliceCache;
+use crate::space::Space;
+use crate::tables::{L1Form, Tables};
 use crate::{
-    BackingRef, CheckReport, Error, ErrorKind, Format, Image, ImageFuture, ImageInfo, Mapped, Purpose, Repair,
-    Reservation, Result,
+    BackingRef, CheckReport, Error, Format, Image, ImageFuture, ImageInfo, Mapped, Purpose, Repair, Reservation, Result,
 };
-use cache::SliceCache;
-use commit::Commits;
 use header::HeaderZone;
-use layout::qed::{Features, Geometry, Header, TableRules};
+use layout::qed::{Features, Geometry, Header, SLICE_ENTRIES, Slice, TableRules};
 use layout::{GuestOffset, GuestRange, HostOffset};
 use ring::sync::{Event, Mutex};
-use space::Space;
 use std::cell::{Cell, RefCell};
 use std::future::Future;
 use std::rc::Rc;
 use store::Store;
-use tables::Tables;
 
 /// Runs `work` to its end even if the caller's future is dropped.
 fn detached<T: 'static>(work: impl Future<Output = T> + 'static) -> ring::JoinHandle<T> {
@@ -63,7 +60,7 @@ fn detached<T: 'static>(work: impl Future<Output = T> + 'static) -> ring::JoinHa
 /// await.
 struct Core {
     store: Rc<dyn Store>,
-    read_only: bool,
+    health: Health,
     for_check: bool,
     /// The header as it is on disk.
     header: Cell<Header>,
@@ -79,76 +76,25 @@ struct Core {
     /// Reservations handed out or in the making.
     active: Cell<usize>,
     tables: RefCell<Tables>,
-    cache: RefCell<SliceCache>,
+    cache: RefCell<SliceCache<Slice>>,
     /// A slice was unpinned.
-    unpinned: Event,
-    space: RefCell<Space>,
-    /// Whoever changes the store's length holds this.
-    growing: Mutex<()>,
+    unpinned: Rc<Event>,
+    room: Rc<Room>,
     /// Whoever makes a fresh table holds this.
     making_table: Mutex<()>,
-    commits: RefCell<Commits>,
-    /// A commit has ended.
-    committed: Event,
+    commits: Commits,
     /// Something was linked whose data must be durable before its mapping is.
     barrier_due: Cell<bool>,
     /// Need-check was set when the image was opened, and is not repaired.
     found_dirty: Cell<bool>,
-    poison: RefCell<Option<Error>>,
 }
+
+/// How QED writes its L1 table.
+const L1_FORM: L1Form = L1Form { slice: SLICE_ENTRIES, entry: HostOffset::get, bytes: u64::to_le_bytes };
 
 impl Core {
     fn size(&self) -> u64 {
         self.header.get().image_size
-    }
-
-    fn error(&self, kind: ErrorKind, offset: Option<HostOffset>, what: impl Into<String>) -> Error {
-        Error::new(kind, self.store.name(), offset, what)
-    }
-
-    fn corrupt(&self, offset: HostOffset, what: impl Into<String>) -> Error {
-        self.error(ErrorKind::Corrupt, Some(offset), what)
-    }
-
-    /// The first failure stays; returns the given one.
-    fn fail(&self, error: Error) -> Error {
-        let mut poison = self.poison.borrow_mut();
-        if poison.is_none() {
-            tracing::error!(image = self.store.name(), %error, "the image refuses writes from now on");
-            *poison = Some(error.clone());
-            // Whoever waits for room in the cache will not get it by a commit any more.
-            self.unpinned.notify_all();
-        }
-        error
-    }
-
-    /// Fails when the image is read-only or poisoned.
-    fn check_writable(&self) -> Result<()> {
-        if self.read_only {
-            return Err(self.error(ErrorKind::ReadOnly, None, "the image was opened read-only"));
-        }
-        self.check_poison()
-    }
-
-    fn check_poison(&self) -> Result<()> {
-        match &*self.poison.borrow() {
-            Some(first) => Err(Error::poisoned(self.store.name(), first)),
-            None => Ok(()),
-        }
-    }
-
-    /// Fails when `range` is empty or does not lie within the first `size` bytes.
-    fn check_range(&self, range: GuestRange, size: u64) -> Result<()> {
-        if range.is_empty() || range.end().get() > size {
-            let what = format!("the range {range} does not lie within the disk's {size} bytes");
-            return Err(self.error(ErrorKind::InvalidArgument, None, what));
-        }
-        Ok(())
-    }
-
-    /// A barrier. Everything that completed is durable, or the image is poisoned.
-    async fn barrier(&self) -> Result<()> {
-        self.store.flush().await.map_err(|e| self.fail(e.into()))
     }
 }
 
@@ -175,7 +121,7 @@ impl Image for QedImage {
     }
 
     fn read_only(&self) -> bool {
-        self.core.read_only
+        self.core.health.read_only()
     }
 
     fn backing(&self) -> Option<BackingRef> {
@@ -200,7 +146,7 @@ impl Image for QedImage {
 
     fn load(&self, range: GuestRange) -> ImageFuture<'_, ()> {
         Box::pin(async move {
-            self.core.check_range(range, self.core.size())?;
+            self.core.health.check_range(range, self.core.size())?;
             self.core.load(range.start()).await
         })
     }
@@ -247,7 +193,7 @@ impl Image for QedImage {
     }
 
     fn poisoned(&self) -> Option<Error> {
-        self.core.poison.borrow().clone()
+        self.core.health.poison()
     }
 
     fn close(&self) -> ImageFuture<'_, ()> {
@@ -260,14 +206,14 @@ impl Core {
     /// Settles, fills the holes of this session, and closes the store, in any case.
     async fn close(self: &Rc<Self>) -> Result<()> {
         let settled =
-            if self.read_only || self.poison.borrow().is_some() { Ok(()) } else { self.settle_for_good().await };
+            if self.health.read_only() || self.health.is_poisoned() { Ok(()) } else { self.settle_for_good().await };
         let closed = self.store.close().await.map_err(Error::from);
         settled.and(closed)
     }
 
     async fn settle_for_good(self: &Rc<Self>) -> Result<()> {
         self.settle().await?;
-        let holes = { self.space.borrow().growable() && self.space.borrow().has_holes() };
+        let holes = { self.room.space.borrow().growable() && self.room.space.borrow().has_holes() };
         if holes && self.active.get() == 0 {
             self.fill_holes().await?;
         }

@@ -1,10 +1,13 @@
 //! Opening: the header is understood whole or the image is refused.
 
-use super::cache::{CACHE_BYTES, SliceCache};
 use super::header::HeaderZone;
-use super::space::Space;
-use super::tables::Tables;
-use super::{Core, QedImage};
+use super::{Core, L1_FORM, QedImage};
+use crate::commits::Commits;
+use crate::health::Health;
+use crate::room::Room;
+use crate::slices::{CACHE_BYTES, SliceCache};
+use crate::space::Space;
+use crate::tables::Tables;
 use crate::{BackingRef, Error, ErrorKind, Format, Image, OpenOptions, Result};
 use layout::HostOffset;
 use layout::qed::{
@@ -36,35 +39,34 @@ pub async fn open_with_table_memory(store: Rc<dyn Store>, options: OpenOptions, 
     let backing = read_backing(&*store, &header).await?;
     let l1 = read_l1(&*store, &header, 0, header.image_size).await?;
     let need_check = header.features.contains(Features::NEED_CHECK);
+    let unpinned = Rc::new(Event::new());
+    let space = Space::full(header.geometry.cluster_size(), store.size(), !limits.fixed_size);
     let core = Rc::new(Core {
+        health: Health::new(store.clone(), options.read_only, unpinned.clone()),
+        room: Room::new(store.clone(), header.geometry.cluster_size(), space),
         geometry: header.geometry,
         rules: TableRules::new(&header),
         zone: Mutex::new(zone),
         backing: RefCell::new(backing),
         marked: Cell::new(false),
         active: Cell::new(0),
-        tables: RefCell::new(Tables::new(l1)),
-        cache: RefCell::new(SliceCache::new(bytes)),
-        unpinned: Event::new(),
-        space: RefCell::new(Space::full(header.geometry.cluster_size(), store.size(), !limits.fixed_size)),
-        growing: Mutex::new(()),
+        tables: RefCell::new(Tables::new(L1_FORM, l1)),
+        cache: RefCell::new(SliceCache::new(bytes, SLICE_BYTES)),
+        unpinned,
         making_table: Mutex::new(()),
-        commits: RefCell::default(),
-        committed: Event::new(),
+        commits: Commits::default(),
         barrier_due: Cell::new(false),
         found_dirty: Cell::new(need_check),
-        poison: RefCell::new(None),
         reach: Cell::new(0),
         header: Cell::new(header),
-        read_only: options.read_only,
         for_check: options.for_check,
         store,
     });
-    if !core.read_only && header.autoclear_features != 0 {
+    if !core.health.read_only() && header.autoclear_features != 0 {
         let mut zone = core.zone.lock().await;
         core.publish_header(&mut zone, Header { autoclear_features: 0, ..header }).await?;
     }
-    if !core.read_only && !core.for_check && (need_check || limits.fixed_size) {
+    if !core.health.read_only() && !core.for_check && (need_check || limits.fixed_size) {
         core.recover().await?;
     }
     Ok(Rc::new(QedImage { core }))

@@ -37,7 +37,7 @@ impl Fixer {
         Self {
             core: core.clone(),
             end: clusters << core.geometry.cluster_bits(),
-            copies_left: if core.space.borrow().growable() { clusters.max(FEW_COPIES) } else { 0 },
+            copies_left: if core.room.space.borrow().growable() { clusters.max(FEW_COPIES) } else { 0 },
             copied: false,
             changed: false,
         }
@@ -67,17 +67,17 @@ impl Fixer {
     pub(super) async fn write_slice(&mut self, at: HostOffset, slice: &Slice) -> Result<()> {
         self.core.mark().await?;
         if std::mem::take(&mut self.copied) {
-            self.core.barrier().await?;
+            self.core.health.barrier().await?;
         }
         self.changed = true;
         let bytes = Iov::from_slice(&slice.encode());
-        self.core.store.write(at, bytes, false).await.map_err(|e| self.core.fail(e.into()))
+        self.core.store.write(at, bytes, false).await.map_err(|e| self.core.health.fail(e.into()))
     }
 
     /// Makes everything durable.
     pub(super) async fn finish(&mut self) -> Result<()> {
         if std::mem::take(&mut self.changed) {
-            self.core.barrier().await?;
+            self.core.health.barrier().await?;
         }
         Ok(())
     }

@@ -3,8 +3,8 @@
 //! **Invariant.** `lookup` changes nothing and waits for nothing: it sees exactly what was linked when it was called.
 
 use super::Core;
-use super::cache::Room;
-use super::tables::Place;
+use crate::slices::Room;
+use crate::tables::Place;
 use crate::{Mapped, Mapping, Result};
 use layout::qed::{L1Entry, L2Entry, SLICE_BYTES, SLICE_ENTRIES, Slice};
 use layout::{GuestOffset, GuestRange, HostOffset};
@@ -39,7 +39,7 @@ impl Core {
                 Ok(L1Entry::Table(at)) => Ok(Table::Stored(at)),
                 Err(why) => {
                     let at = self.header.get().l1_table + index * 8;
-                    Err(self.corrupt(at, format!("the L1 table is damaged: {why}; check and repair the image")))
+                    Err(self.health.corrupt(at, format!("the L1 table is damaged: {why}; check and repair the image")))
                 }
             },
         }
@@ -47,7 +47,7 @@ impl Core {
 
     /// See [`crate::Image::lookup`].
     pub(super) fn lookup(&self, range: GuestRange) -> Result<Option<Mapped>> {
-        self.check_range(range, self.size())?;
+        self.health.check_range(range, self.size())?;
         let geometry = self.geometry;
         let mut run: Option<Mapped> = None;
         let mut at = range.start();
@@ -112,7 +112,7 @@ impl Core {
             Err(why) => {
                 let what =
                     format!("the L2 table for guest offset {} is damaged: {why}; check and repair the image", at.get());
-                return Err(self.corrupt(table + geometry.l2_index(at) * 8, what));
+                return Err(self.health.corrupt(table + geometry.l2_index(at) * 8, what));
             }
         };
         let len = (run as u64 * cluster - inside).min(end - at);
@@ -181,7 +181,7 @@ impl Core {
     async fn make_room(self: &Rc<Self>) {
         loop {
             let room = self.cache.borrow_mut().make_room();
-            if self.poison.borrow().is_some() {
+            if self.health.is_poisoned() {
                 return;
             }
             match room {

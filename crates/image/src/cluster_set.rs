@@ -13,18 +13,18 @@ const MAX_CHUNKS: usize = (512 << 20) / (CHUNK as usize / 8);
 
 /// The set would need more memory than it may take.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct TooScattered;
+pub(crate) struct TooScattered;
 
 /// A set of cluster numbers.
 #[derive(Default)]
-pub(super) struct ClusterSet {
+pub(crate) struct ClusterSet {
     chunks: BTreeMap<u64, Box<[u64; CHUNK as usize / 64]>>,
     len: u64,
 }
 
 impl ClusterSet {
     /// Adds a cluster; false if it was there.
-    pub(super) fn insert(&mut self, cluster: u64) -> Result<bool, TooScattered> {
+    pub(crate) fn insert(&mut self, cluster: u64) -> Result<bool, TooScattered> {
         let (key, bit) = (cluster / CHUNK, cluster % CHUNK);
         if self.chunks.len() >= MAX_CHUNKS && !self.chunks.contains_key(&key) {
             return Err(TooScattered);
@@ -39,7 +39,7 @@ impl ClusterSet {
     }
 
     /// Takes a cluster out.
-    pub(super) fn remove(&mut self, cluster: u64) {
+    pub(crate) fn remove(&mut self, cluster: u64) {
         let (key, bit) = (cluster / CHUNK, cluster % CHUNK);
         if let Some(chunk) = self.chunks.get_mut(&key) {
             let word = &mut chunk[bit as usize / 64];
@@ -50,18 +50,18 @@ impl ClusterSet {
     }
 
     /// Whether a cluster is in.
-    pub(super) fn contains(&self, cluster: u64) -> bool {
+    pub(crate) fn contains(&self, cluster: u64) -> bool {
         let (key, bit) = (cluster / CHUNK, cluster % CHUNK);
         self.chunks.get(&key).is_some_and(|chunk| chunk[bit as usize / 64] >> (bit % 64) & 1 == 1)
     }
 
     /// Clusters in the set.
-    pub(super) fn len(&self) -> u64 {
+    pub(crate) fn len(&self) -> u64 {
         self.len
     }
 
     /// One past the highest cluster, 0 if there is none.
-    pub(super) fn end(&self) -> u64 {
+    pub(crate) fn end(&self) -> u64 {
         for (key, chunk) in self.chunks.iter().rev() {
             if let Some(word) = chunk.iter().rposition(|word| *word != 0) {
                 return key * CHUNK + word as u64 * 64 + (64 - u64::from(chunk[word].leading_zeros()));
@@ -71,12 +71,12 @@ impl ClusterSet {
     }
 
     /// How many of `range` are in.
-    pub(super) fn count(&self, range: Range<u64>) -> u64 {
+    pub(crate) fn count(&self, range: Range<u64>) -> u64 {
         range.filter(|cluster| self.contains(*cluster)).count() as u64
     }
 
     /// The first run of clusters within `range` that are not in the set.
-    pub(super) fn next_gap(&self, range: Range<u64>) -> Option<Range<u64>> {
+    pub(crate) fn next_gap(&self, range: Range<u64>) -> Option<Range<u64>> {
         let start = self.seek(range.start, range.end, false)?;
         Some(start..self.seek(start, range.end, true).unwrap_or(range.end))
     }

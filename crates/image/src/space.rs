@@ -1,7 +1,7 @@
 //! Which clusters of the store may be handed out.
 //!
-//! QED records no free space: what no table refers to is free. In one session that is (a) everything behind the last cluster
-//! in use, and (b) the holes in front of it that we know of.
+//! What no table refers to is free. In one session that is (a) everything behind the last cluster in use, and (b) the holes in
+//! front of it that we know of: QED records none, QCOW2 counts references.
 //!
 //! **Invariants.**
 //! * A cluster is in at most one place: in use or reserved, in `free`, in `unlinked`, or behind `end`.
@@ -15,16 +15,16 @@ use std::collections::BTreeMap;
 
 /// Clusters handed out.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Taken {
+pub(crate) struct Taken {
     /// Which.
-    pub(super) range: HostRange,
+    pub(crate) range: HostRange,
     /// They read as zeros.
-    pub(super) zeroed: bool,
+    pub(crate) zeroed: bool,
 }
 
 /// The space of one image. Plain data; offsets and lengths are multiples of the cluster size.
 #[derive(Debug)]
-pub(super) struct Space {
+pub(crate) struct Space {
     cluster: u64,
     /// The store can grow and shrink (it is a file).
     growable: bool,
@@ -37,7 +37,7 @@ pub(super) struct Space {
 
 impl Space {
     /// Of a store of `length` bytes that is in use throughout. What lies behind the last whole cluster may be used.
-    pub(super) fn full(cluster: u64, length: u64, growable: bool) -> Self {
+    pub(crate) fn full(cluster: u64, length: u64, growable: bool) -> Self {
         let end = length - length % cluster;
         Self {
             cluster,
@@ -51,22 +51,22 @@ impl Space {
     }
 
     /// Whether the store can grow and shrink.
-    pub(super) fn growable(&self) -> bool {
+    pub(crate) fn growable(&self) -> bool {
         self.growable
     }
 
     /// Behind the last cluster in use or reserved.
-    pub(super) fn end(&self) -> u64 {
+    pub(crate) fn end(&self) -> u64 {
         self.end
     }
 
     /// How far the store was grown.
-    pub(super) fn grown(&self) -> u64 {
+    pub(crate) fn grown(&self) -> u64 {
         self.grown
     }
 
     /// Whether there are holes in front of `end`.
-    pub(super) fn has_holes(&self) -> bool {
+    pub(crate) fn has_holes(&self) -> bool {
         !self.free.is_empty()
     }
 
@@ -74,7 +74,7 @@ impl Space {
     ///
     /// One cluster comes from a hole where there is one, so that holes go away; a longer run only from a hole that holds
     /// it whole, so that what is written together stays together.
-    pub(super) fn take(&mut self, want: u64) -> Option<Taken> {
+    pub(crate) fn take(&mut self, want: u64) -> Option<Taken> {
         let hole = self.free.iter().find(|(_, len)| **len >= want).map(|(at, len)| (*at, *len));
         let hole = if self.growable { hole } else { hole.or_else(|| self.largest_hole()) };
         if let Some((at, len)) = hole {
@@ -93,7 +93,7 @@ impl Space {
     }
 
     /// Takes exactly `bytes` that lie side by side; `None` when there is no such run and the store must grow first.
-    pub(super) fn take_whole(&mut self, bytes: u64) -> Option<Taken> {
+    pub(crate) fn take_whole(&mut self, bytes: u64) -> Option<Taken> {
         if self.grown - self.end >= bytes {
             return Some(self.bump(bytes));
         }
@@ -121,7 +121,7 @@ impl Space {
     }
 
     /// Takes back what no table refers to, in memory or on disk.
-    pub(super) fn give_back(&mut self, range: HostRange) {
+    pub(crate) fn give_back(&mut self, range: HostRange) {
         if range.is_empty() {
             return;
         }
@@ -145,29 +145,29 @@ impl Space {
     }
 
     /// Puts aside what a table in memory no longer refers to, but the one on disk may.
-    pub(super) fn unlink(&mut self, range: HostRange) {
+    pub(crate) fn unlink(&mut self, range: HostRange) {
         self.unlinked.push(range);
     }
 
     /// What was put aside so far: to be given back once the tables as they are now are durable.
-    pub(super) fn take_unlinked(&mut self) -> Vec<HostRange> {
+    pub(crate) fn take_unlinked(&mut self) -> Vec<HostRange> {
         std::mem::take(&mut self.unlinked)
     }
 
     /// The store was grown to `length` bytes; what was added reads as zeros.
-    pub(super) fn grew(&mut self, length: u64) {
+    pub(crate) fn grew(&mut self, length: u64) {
         self.grown = self.grown.max(length - length % self.cluster);
     }
 
     /// About to cut off what lies behind `end`; returns the length to cut to. From now on nothing is handed out from there
     /// until the store has grown again.
-    pub(super) fn trim(&mut self) -> u64 {
+    pub(crate) fn trim(&mut self) -> u64 {
         self.grown = self.end;
         self.end
     }
 
     /// What [`Space::trim`] cut off is gone: what comes there next reads as zeros.
-    pub(super) fn trimmed(&mut self) {
+    pub(crate) fn trimmed(&mut self) {
         self.fresh = self.end;
     }
 }

@@ -1,24 +1,24 @@
 //! Slices of L2 tables in memory.
 //!
-//! A slice is 4 KiB of a table: 512 entries. Its number counts slices over all tables, so it follows from the guest's offset.
+//! A slice is a page of a table (or all of it, where it is smaller), as its format decodes it. Its number counts slices over all
+//! tables, so it follows from the guest's offset.
 //!
 //! **Invariants.**
 //! * A slice that is dirty, being committed or pinned stays; any other one may be evicted whenever room is made.
 //! * A slice in memory is the truth; what the store holds may lag behind only while the slice is dirty or being committed.
 
-use layout::qed::{SLICE_BYTES, Slice};
 use ring::sync::Event;
 use std::cell::Cell;
 use std::collections::{BTreeSet, HashMap, VecDeque};
 
-/// Memory for slices: 8192 of them describe 256 GiB at 64 KiB a cluster, 16 GiB at 4 KiB.
-pub(super) const CACHE_BYTES: usize = 32 << 20;
+/// Memory for slices: 8192 of 4 KiB describe 256 GiB at 64 KiB a cluster, 16 GiB at 4 KiB.
+pub(crate) const CACHE_BYTES: usize = 32 << 20;
 
 /// How much of it may wait for a commit before reservations do, too.
 const DIRTY_SHARE: usize = 2;
 
-struct Cached {
-    slice: Slice,
+struct Cached<S> {
+    slice: S,
     pins: u32,
     dirty: bool,
     committing: bool,
@@ -26,7 +26,7 @@ struct Cached {
     used: Cell<bool>,
 }
 
-impl Cached {
+impl<S> Cached<S> {
     fn evictable(&self) -> bool {
         self.pins == 0 && !self.dirty && !self.committing
     }
@@ -34,7 +34,7 @@ impl Cached {
 
 /// What must happen before another slice fits.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Room {
+pub(crate) enum Room {
     /// Nothing.
     Free,
     /// A commit: some are dirty.
@@ -44,8 +44,8 @@ pub(super) enum Room {
 }
 
 /// The slices of one image.
-pub(super) struct SliceCache {
-    slices: HashMap<u64, Cached>,
+pub(crate) struct SliceCache<S> {
+    slices: HashMap<u64, Cached<S>>,
     /// Second-chance clock over the numbers in `slices`.
     clock: VecDeque<u64>,
     /// Slices on their way from the store; the event tells when one has arrived or failed.
@@ -54,33 +54,33 @@ pub(super) struct SliceCache {
     dirty: BTreeSet<u64>,
 }
 
-impl SliceCache {
-    /// Room for `bytes`, at least for a few slices.
-    pub(super) fn new(bytes: usize) -> Self {
+impl<S: Clone> SliceCache<S> {
+    /// Room for `bytes` in slices of `slice_bytes`, at least for a few of them.
+    pub(crate) fn new(bytes: usize, slice_bytes: usize) -> Self {
         Self {
             slices: HashMap::new(),
             clock: VecDeque::new(),
             loading: HashMap::new(),
-            capacity: (bytes / SLICE_BYTES).max(4),
+            capacity: (bytes / slice_bytes).max(4),
             dirty: BTreeSet::new(),
         }
     }
 
     /// The slice, if it is in memory.
     #[inline]
-    pub(super) fn get(&self, number: u64) -> Option<&Slice> {
+    pub(crate) fn get(&self, number: u64) -> Option<&S> {
         let cached = self.slices.get(&number)?;
         cached.used.set(true);
         Some(&cached.slice)
     }
 
     /// Whether the slice is in memory.
-    pub(super) fn contains(&self, number: u64) -> bool {
+    pub(crate) fn contains(&self, number: u64) -> bool {
         self.slices.contains_key(&number)
     }
 
     /// Keeps the slice in memory until [`SliceCache::unpin`]; false when it is not there.
-    pub(super) fn pin(&mut self, number: u64) -> bool {
+    pub(crate) fn pin(&mut self, number: u64) -> bool {
         match self.slices.get_mut(&number) {
             Some(cached) => {
                 cached.pins += 1;
@@ -91,26 +91,26 @@ impl SliceCache {
     }
 
     /// Undoes one [`SliceCache::pin`].
-    pub(super) fn unpin(&mut self, number: u64) {
+    pub(crate) fn unpin(&mut self, number: u64) {
         if let Some(cached) = self.slices.get_mut(&number) {
             debug_assert!(cached.pins > 0);
             cached.pins = cached.pins.saturating_sub(1);
         }
     }
 
-    /// Changes an entry of a slice that is in memory (it is pinned) and marks the slice dirty.
-    pub(super) fn set(&mut self, number: u64, index: usize, raw: u64) {
+    /// Changes a slice that is in memory (it is pinned) and marks it dirty.
+    pub(crate) fn change(&mut self, number: u64, change: impl FnOnce(&mut S)) {
         let Some(cached) = self.slices.get_mut(&number) else {
             debug_assert!(false, "slice {number} is not in memory");
             return;
         };
-        cached.slice.set(index, raw);
+        change(&mut cached.slice);
         cached.dirty = true;
         self.dirty.insert(number);
     }
 
     /// Makes room for one slice, or says what must happen first.
-    pub(super) fn make_room(&mut self) -> Room {
+    pub(crate) fn make_room(&mut self) -> Room {
         // Two rounds of the hand: the first takes the second chances away.
         let mut turns = 2 * self.clock.len();
         while self.slices.len() >= self.capacity {
@@ -132,7 +132,7 @@ impl SliceCache {
     }
 
     /// Adds a slice that came from the store (or is known to be all zeros there).
-    pub(super) fn insert(&mut self, number: u64, slice: Slice) {
+    pub(crate) fn insert(&mut self, number: u64, slice: S) {
         let cached = Cached { slice, pins: 0, dirty: false, committing: false, used: Cell::new(true) };
         let before = self.slices.insert(number, cached);
         debug_assert!(before.is_none(), "slice {number} came twice");
@@ -140,34 +140,34 @@ impl SliceCache {
     }
 
     /// Whoever brings the slice now, if anybody.
-    pub(super) fn loading(&self, number: u64) -> Option<&Event> {
+    pub(crate) fn loading(&self, number: u64) -> Option<&Event> {
         self.loading.get(&number)
     }
 
     /// The caller brings the slice.
-    pub(super) fn begin_load(&mut self, number: u64) {
+    pub(crate) fn begin_load(&mut self, number: u64) {
         self.loading.insert(number, Event::new());
     }
 
     /// The caller has brought the slice or given up.
-    pub(super) fn end_load(&mut self, number: u64) {
+    pub(crate) fn end_load(&mut self, number: u64) {
         if let Some(event) = self.loading.remove(&number) {
             event.notify_all();
         }
     }
 
     /// Whether there is something to commit.
-    pub(super) fn is_dirty(&self) -> bool {
+    pub(crate) fn is_dirty(&self) -> bool {
         !self.dirty.is_empty()
     }
 
     /// Whether so much is dirty that reservations should wait for a commit.
-    pub(super) fn is_crowded(&self) -> bool {
+    pub(crate) fn is_crowded(&self) -> bool {
         self.dirty.len() > self.capacity / DIRTY_SHARE
     }
 
     /// Copies of all dirty slices as they are on disk, in order; what is changed from now on is dirty again.
-    pub(super) fn begin_commit(&mut self) -> Vec<(u64, Slice)> {
+    pub(crate) fn begin_commit(&mut self) -> Vec<(u64, S)> {
         let mut copies = Vec::with_capacity(self.dirty.len());
         for number in std::mem::take(&mut self.dirty) {
             if let Some(cached) = self.slices.get_mut(&number) {
@@ -180,7 +180,7 @@ impl SliceCache {
     }
 
     /// The copies are durable, or (`failed`) may not be: then the slices stay in memory as the only truth.
-    pub(super) fn end_commit(&mut self, numbers: impl IntoIterator<Item = u64>, failed: bool) {
+    pub(crate) fn end_commit(&mut self, numbers: impl IntoIterator<Item = u64>, failed: bool) {
         for number in numbers {
             if let Some(cached) = self.slices.get_mut(&number) {
                 cached.committing = false;
@@ -193,7 +193,7 @@ impl SliceCache {
     }
 
     /// Forgets everything: the tables on disk were rewritten. Nothing is dirty or pinned.
-    pub(super) fn clear(&mut self) {
+    pub(crate) fn clear(&mut self) {
         debug_assert!(self.dirty.is_empty() && self.slices.values().all(Cached::evictable));
         self.slices.clear();
         self.clock.clear();
@@ -201,7 +201,7 @@ impl SliceCache {
 
     /// Slices in memory.
     #[cfg(test)]
-    pub(super) fn len(&self) -> usize {
+    pub(crate) fn len(&self) -> usize {
         self.slices.len()
     }
 }
@@ -209,12 +209,13 @@ impl SliceCache {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use layout::qed::{SLICE_BYTES, Slice};
 
-    fn cache(slices: usize) -> SliceCache {
-        SliceCache::new(slices * SLICE_BYTES)
+    fn cache(slices: usize) -> SliceCache<Slice> {
+        SliceCache::new(slices * SLICE_BYTES, SLICE_BYTES)
     }
 
-    fn fill(cache: &mut SliceCache, numbers: std::ops::Range<u64>) {
+    fn fill(cache: &mut SliceCache<Slice>, numbers: std::ops::Range<u64>) {
         for number in numbers {
             assert_eq!(cache.make_room(), Room::Free);
             cache.insert(number, Slice::zeroed());
@@ -240,14 +241,14 @@ mod tests {
             assert!(cache.pin(number));
         }
         assert_eq!(cache.make_room(), Room::Wait);
-        cache.set(2, 0, 1);
+        cache.change(2, |slice| slice.set(0, 1));
         for number in 0..4 {
             cache.unpin(number);
         }
         fill(&mut cache, 4..7);
         assert!(cache.contains(2));
         for number in 4..7 {
-            cache.set(number, 0, 1);
+            cache.change(number, |slice| slice.set(0, 1));
         }
         assert_eq!(cache.make_room(), Room::Commit);
         let copies = cache.begin_commit();
@@ -260,10 +261,10 @@ mod tests {
     fn changed_while_committing_is_dirty_again() {
         let mut cache = cache(4);
         fill(&mut cache, 0..1);
-        cache.set(0, 7, 1);
+        cache.change(0, |slice| slice.set(7, 1));
         let copies = cache.begin_commit();
         assert!(!cache.is_dirty());
-        cache.set(0, 8, 1);
+        cache.change(0, |slice| slice.set(8, 1));
         assert_eq!((copies[0].1.raw()[7], copies[0].1.raw()[8]), (1, 0));
         cache.end_commit([0], false);
         assert!(cache.is_dirty());
@@ -274,7 +275,7 @@ mod tests {
     fn failed_commit_keeps_the_truth() {
         let mut cache = cache(4);
         fill(&mut cache, 0..4);
-        cache.set(0, 7, 1);
+        cache.change(0, |slice| slice.set(7, 1));
         let copies = cache.begin_commit();
         cache.end_commit(copies.iter().map(|c| c.0), true);
         assert!(cache.is_dirty());
