@@ -73,7 +73,8 @@ impl World {
                 size: layer.size * SECTOR,
                 backing,
                 cluster_size: (!is_raw).then_some(layer.cluster_size),
-                table_size: (!is_raw).then_some(layer.table_size),
+                table_size: (layer.format == Format::Qed).then_some(layer.table_size),
+                qcow2: image::qcow2::Options::default(),
             };
             create(bytes.clone(), &options).await?;
             world.files.borrow_mut().insert(name.clone(), File { bytes, format: layer.format });

@@ -122,9 +122,14 @@ impl Inner {
                 break;
             }
             let top = mapped(&*self.top, rest).await?;
+            let whole = if top.len == rest.len() { top.len } else { top.len & !(self.unit - 1) };
             let (class, len) = match top.mapping {
-                Mapping::Data(_) | Mapping::Packed | Mapping::Zero => (Class::Zeros, top.len),
-                Mapping::Unallocated => view.class_of_clusters(rest.first(top.len), self.unit, above).await?,
+                _ if whole == 0 => {
+                    let cluster = rest.first(self.unit);
+                    (self.class_in_parts(view, cluster, above).await?, cluster.len())
+                }
+                Mapping::Unallocated => view.class_of_clusters(rest.first(whole), self.unit, above).await?,
+                _ => (Class::Zeros, whole),
             };
             match &mut found {
                 Some((run, of)) if *of == class => *run = run.start().range(run.len() + len),
@@ -135,6 +140,30 @@ impl Inner {
             rest = rest.skip(len);
         }
         Ok(found.map(|(range, class)| Missing { range, zero: class == Class::Mask }))
+    }
+
+    /// The class of a cluster of the top that is mapped in parts (subclusters): it is copied as a whole if anything of it is missing.
+    async fn class_in_parts(&self, view: &View, cluster: GuestRange, above: usize) -> Result<Class> {
+        let mut rest = cluster;
+        while !rest.is_empty() {
+            let top = mapped(&*self.top, rest).await?;
+            let mut run = rest.first(top.len);
+            while top.mapping == Mapping::Unallocated && !run.is_empty() {
+                let (class, len) = view.class(run, above).await?;
+                if class.is_missing() {
+                    return Ok(Class::Copy);
+                }
+                run = run.skip(len);
+            }
+            rest = rest.skip(top.len);
+        }
+        Ok(Class::Zeros)
+    }
+
+    /// Whether the first cluster of `range`, which begins on its boundary, is mapped in parts.
+    pub(crate) async fn is_in_parts(&self, range: GuestRange) -> Result<bool> {
+        let cluster = self.clip(range.start().range(self.unit));
+        Ok(mapped(&*self.top, cluster).await?.len < cluster.len())
     }
 
     /// The error for a base that is not in the chain.

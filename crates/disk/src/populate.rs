@@ -11,6 +11,7 @@ use crate::disk::Inner;
 use crate::fetch::Cause;
 use crate::read::usize_of;
 use crate::view::View;
+use crate::write::Fill;
 use crate::{Copied, Missing, StreamBase};
 use image::{ErrorKind, Keep, Linked, Mapping, Purpose, Reservation, Result};
 use layout::{GuestOffset, GuestRange, HostOffset};
@@ -116,6 +117,10 @@ impl Inner {
                 drop(permit);
                 at = missing.end();
                 self.mark(&view, missing).await?
+            } else if self.is_in_parts(missing).await? {
+                drop(permit);
+                at = missing.start() + self.unit;
+                self.complete(&view, missing.start().range(self.unit)).await?
             } else {
                 at = missing.start();
                 if let Some(other) = self.fetches.covering(at) {
@@ -145,6 +150,22 @@ impl Inner {
         }
         copied.skipped = range.len().saturating_sub(copied.data + copied.zero);
         Ok(copied)
+    }
+
+    /// Fills in what is missing of a cluster that the top has parts of (subclusters): it is put together anew, while guests'
+    /// writes to it wait.
+    async fn complete(self: &Rc<Self>, view: &Rc<View>, cluster: GuestRange) -> Result<Outcome> {
+        let nothing = Outcome { left: cluster.len(), ..Outcome::default() };
+        let _held = self.locks.exclusive(cluster).await;
+        let Some(_populating) = self.publishing.begin() else { return Ok(nothing) };
+        if !self.is_current(view) || !self.is_in_parts(cluster).await? {
+            return Ok(nothing);
+        }
+        match self.fill(cluster).await? {
+            Fill::Bytes(bytes) => self.rewrite(cluster, bytes).await?,
+            Fill::Zeros => self.drop_held(self.clip(cluster), false).await?,
+        }
+        Ok(Outcome { data: cluster.len(), ..Outcome::default() })
     }
 
     /// The front part of `range`, as whole clusters, that the top still has nothing of, as far as tables in memory tell.

@@ -2,8 +2,8 @@
 //!
 //! Reads hold no lock. What keeps them right:
 //! * Layers below the top never change.
-//! * In the top, a mapping to data changes only by a *drop* (zeroing, discarding), and the freed cluster may be written anew
-//!   for another range while a slow read still looks at it. So a read that was in flight during a drop looks again before it
+//! * In the top, a mapping to data changes only by a *drop* (zeroing, discarding, a write to what is packed or shared), and the
+//!   freed cluster may be written anew for another range while a slow read still looks at it. So a read that was in flight during a drop looks again before it
 //!   answers ([`Drops`]), and starts over if its mapping is another now.
 
 use crate::disk::Inner;
@@ -92,7 +92,13 @@ impl Inner {
     /// Whether `range` is where it was, as far as tables in memory tell.
     fn is_still_at(&self, range: GuestRange, host: HostOffset) -> Result<bool> {
         let now = self.top.lookup(range)?;
-        Ok(now.is_some_and(|now| now.len == range.len() && now.mapping == Mapping::Data(host)))
+        Ok(now.is_some_and(|now| now.len == range.len() && now.mapping.stored() == Some(host)))
+    }
+
+    /// Whether `range` is packed still, as far as tables in memory tell.
+    fn is_packed_still(&self, range: GuestRange) -> Result<bool> {
+        let now = self.top.lookup(range)?;
+        Ok(now.is_some_and(|now| now.len == range.len() && now.mapping == Mapping::Packed))
     }
 
     /// Plans the whole read, then moves its pieces. (Planning first keeps tables from being waited for while pieces of the
@@ -107,7 +113,7 @@ impl Inner {
             let Mapped { len, mapping } = mapped(&*self.top, rest).await?;
             let run = rest.first(len);
             match mapping {
-                Mapping::Data(host) => pieces.push(Piece::Top { range: run, at, host }),
+                Mapping::Data(host) | Mapping::Shared(host) => pieces.push(Piece::Top { range: run, at, host }),
                 Mapping::Packed => pieces.push(Piece::Packed { layer: 0, range: run, at }),
                 Mapping::Zero => into.slice(at..at + usize_of(len)).fill(0),
                 Mapping::Unallocated if self.keeps_what_it_reads(&view) => {
@@ -184,11 +190,17 @@ impl Inner {
             }
             Piece::Packed { layer, range, at } => {
                 let into = into.slice(at..at + usize_of(range.len()));
-                view.image(layer).unpack(range, into).await?;
+                let unpacked = view.image(layer).unpack(range, into.clone()).await;
                 if layer > 0 {
+                    unpacked?;
                     self.counters.fetched(range.len());
+                    return Ok(());
                 }
-                Ok(())
+                // Where it was replaced meanwhile, its place may have been somebody else's already.
+                if self.drops.none_since(mark) || self.is_packed_still(range)? {
+                    return unpacked;
+                }
+                Box::pin(self.read_pieces(range, &into)).await
             }
             Piece::Fetched { fetch, range, at } => {
                 let into = into.slice(at..at + usize_of(range.len()));

@@ -11,7 +11,7 @@
 use crate::disk::Inner;
 use crate::view::mapped;
 use crate::write::Fill;
-use image::{ErrorKind, Keep, Mapping, Purpose, Result};
+use image::{ErrorKind, Mapped, Mapping, Result};
 use layout::{GuestOffset, GuestRange};
 use std::rc::Rc;
 use store::ZeroMode;
@@ -53,24 +53,21 @@ impl Inner {
     /// Makes what the disk's last cluster has behind the disk's end zeros. `used` is the part in front of the end.
     async fn end_last_cluster_in_zeros(self: &Rc<Self>, used: GuestRange) -> Result<()> {
         let cluster = used.align_outward(self.unit);
-        match mapped(&*self.top, used).await?.mapping {
-            Mapping::Zero => Ok(()),
-            Mapping::Data(host) => {
+        let Mapped { len, mapping } = mapped(&*self.top, used).await?;
+        let alike = len == used.len();
+        match mapping {
+            Mapping::Zero if alike => Ok(()),
+            Mapping::Data(host) if alike => {
                 let behind = (host + used.len()).range(cluster.len() - used.len());
                 let result = self.top.store().zero(behind, ZeroMode::default()).await;
                 self.flusher.changed();
                 Ok(result?)
             }
-            Mapping::Unallocated if self.view().below_ends() <= used.end().get() => Ok(()),
-            mapping @ (Mapping::Unallocated | Mapping::Packed) => {
-                let Fill::Bytes(data) = self.fill(cluster, mapping).await? else {
-                    return self.drop_held(used, false).await;
-                };
-                let reservation = self.reserve(cluster, Purpose::Data).await?;
-                self.write_store(self.place(&reservation)?, data, false).await?;
-                self.linked(reservation.link(Keep::New, |_| false));
-                Ok(())
-            }
+            Mapping::Unallocated if alike && self.view().below_ends() <= used.end().get() => Ok(()),
+            _ => match self.fill(cluster).await? {
+                Fill::Bytes(data) => self.rewrite(cluster, data).await,
+                Fill::Zeros => self.drop_held(used, false).await,
+            },
         }
     }
 }

@@ -88,7 +88,9 @@ impl View {
             let Mapped { len, mapping } = mapped(&**image, range).await?;
             range = range.first(len);
             match mapping {
-                Mapping::Data(host) => return Ok(Run { len, found: Found::Data(layer, host) }),
+                Mapping::Data(host) | Mapping::Shared(host) => {
+                    return Ok(Run { len, found: Found::Data(layer, host) });
+                }
                 Mapping::Packed => return Ok(Run { len, found: Found::Packed(layer) }),
                 Mapping::Zero => return Ok(Run { len, found: Found::Zero(layer) }),
                 Mapping::Unallocated => {}

@@ -14,7 +14,7 @@ use crate::pieces::run_all;
 use crate::read::usize_of;
 use crate::view::mapped;
 use futures_util::future::try_join;
-use image::{Keep, Mapped, Mapping, Purpose, Result};
+use image::{Keep, Mapped, Mapping, Purpose, Reservation, Result};
 use layout::{GuestRange, HostOffset, HostRange};
 use ring::Iov;
 use smallvec::SmallVec;
@@ -126,32 +126,30 @@ impl Inner {
                 self.wrote_in_place();
             } else {
                 // As far as the top has no data: one allocation, if space allows.
-                let mut last = first.mapping;
                 while run.len() < rest.len() {
                     let next = mapped(&*self.top, rest.skip(run.len())).await?;
                     if matches!(next.mapping, Mapping::Data(_)) {
                         break;
                     }
-                    last = next.mapping;
                     run = rest.first(run.len() + next.len);
                 }
                 let from = from.slice(at..at + usize_of(run.len()));
-                self.write_new(run, from, first.mapping, last).await?;
+                self.write_new(run, from).await?;
             }
             rest = rest.skip(run.len());
         }
         Ok(())
     }
 
-    /// Writes `run`, of which the top has no data, into new clusters. The first and the last cluster are mapped like `first` and
-    /// `last`.
-    async fn write_new(self: &Rc<Self>, run: GuestRange, from: Iov, first: Mapping, last: Mapping) -> Result<()> {
+    /// Writes `run`, of which the top has no data that may be written over, into new clusters.
+    async fn write_new(self: &Rc<Self>, run: GuestRange, from: Iov) -> Result<()> {
         let clusters = run.align_outward(self.unit);
         let before = GuestRange::between(clusters.start(), run.start());
         let after = GuestRange::between(run.end(), clusters.end());
         // Fetched before anything is reserved: a source may take its time, and reservations hold tables in memory.
         let _budget = self.fill_budget.acquire(usize_of(before.len() + after.len())).await;
-        let (head, tail) = try_join(self.fill(before, first), self.fill(after, last)).await?;
+        let (head, tail) = try_join(self.fill(before), self.fill(after)).await?;
+        let replaces = self.holds_something(clusters).await?;
         let mut rest = clusters;
         while !rest.is_empty() {
             let reservation = self.reserve(rest, Purpose::Data).await?;
@@ -168,14 +166,73 @@ impl Inner {
             let at = guest_part.start() - part.start() - head_part.len();
             self.write_store(self.place(&reservation)? + at, bytes, false).await?;
             self.flusher.mapped();
-            self.linked(reservation.link(Keep::New, |_| false));
+            self.link_new(reservation, replaces);
             rest = rest.skip(part.len());
         }
         Ok(())
     }
 
-    /// What `part` of a cluster that the top maps as `mapping` (not as data) reads as; zeros past the disk's end.
-    pub(crate) async fn fill(self: &Rc<Self>, part: GuestRange, mapping: Mapping) -> Result<Fill> {
+    /// Publishes what was written; `replaces`: something that reads may be looking at goes away.
+    fn link_new(self: &Rc<Self>, reservation: Reservation, replaces: bool) {
+        let dropping = replaces.then(|| self.drops.begin());
+        self.linked(reservation.link(Keep::New, |_| false));
+        drop(dropping);
+    }
+
+    /// Whether the top has stored anything of `clusters`: packed, shared, or a part of one.
+    async fn holds_something(&self, clusters: GuestRange) -> Result<bool> {
+        let mut rest = self.clip(clusters);
+        while !rest.is_empty() {
+            let Mapped { len, mapping } = mapped(&*self.top, rest).await?;
+            if !matches!(mapping, Mapping::Unallocated | Mapping::Zero) {
+                return Ok(true);
+            }
+            rest = rest.skip(len);
+        }
+        Ok(false)
+    }
+
+    /// Puts whole clusters, which the caller holds exclusively, as they read now into new clusters: `bytes`.
+    pub(crate) async fn rewrite(self: &Rc<Self>, clusters: GuestRange, bytes: Iov) -> Result<()> {
+        let mut rest = clusters;
+        while !rest.is_empty() {
+            let reservation = self.reserve(rest, Purpose::Data).await?;
+            let part = reservation.range();
+            let at = usize_of(part.start() - clusters.start());
+            let bytes = bytes.slice(at..at + usize_of(part.len()));
+            self.write_store(self.place(&reservation)?, bytes, false).await?;
+            self.link_new(reservation, true);
+            rest = rest.skip(part.len());
+        }
+        Ok(())
+    }
+
+    /// What `part` of a cluster reads as now; zeros past the disk's end.
+    pub(crate) async fn fill(self: &Rc<Self>, part: GuestRange) -> Result<Fill> {
+        let on_disk = self.clip(part);
+        if on_disk.is_empty() {
+            return Ok(Fill::Zeros);
+        }
+        let Mapped { len, mapping } = mapped(&*self.top, on_disk).await?;
+        if len == on_disk.len() {
+            return self.fill_alike(part, mapping).await;
+        }
+        // A cluster in parts.
+        let data = Iov::zeroed(usize_of(part.len()));
+        let mut rest = on_disk;
+        while !rest.is_empty() {
+            let Mapped { len, mapping } = mapped(&*self.top, rest).await?;
+            if let Fill::Bytes(bytes) = self.fill_alike(rest.first(len), mapping).await? {
+                let at = usize_of(rest.start() - part.start());
+                data.slice(at..at + bytes.len()).copy_from(&bytes);
+            }
+            rest = rest.skip(len);
+        }
+        Ok(Fill::of(data))
+    }
+
+    /// The same, where all of it is mapped alike.
+    async fn fill_alike(self: &Rc<Self>, part: GuestRange, mapping: Mapping) -> Result<Fill> {
         let view = self.view();
         let len = usize_of(part.len());
         let on_disk = self.clip(part);
@@ -188,6 +245,10 @@ impl Inner {
         data.slice(used..len).fill(0);
         if mapping == Mapping::Packed {
             self.top.unpack(on_disk, data.slice(0..used)).await?;
+            return Ok(Fill::of(data));
+        }
+        if let Some(host) = mapping.stored() {
+            self.top.store().read(host, data.slice(0..used)).await?;
             return Ok(Fill::of(data));
         }
         let mut hold = self.hold();

@@ -112,7 +112,7 @@ impl Inner {
     /// Whether the tables say that `part` (of one cluster) reads as zeros.
     async fn reads_as_zeros(&self, part: GuestRange) -> Result<bool> {
         match mapped(&*self.top, part).await?.mapping {
-            Mapping::Data(_) | Mapping::Packed => return Ok(false),
+            Mapping::Data(_) | Mapping::Shared(_) | Mapping::Packed => return Ok(false),
             Mapping::Zero => return Ok(true),
             Mapping::Unallocated => {}
         }

@@ -8,7 +8,7 @@ use crate::images::{self, Look, format_named, on_ring};
 use crate::size;
 use disk::chain::{FileOpener, Opener};
 use image::create::{CreateOptions, create, validate};
-use image::{BackingRef, Format};
+use image::{BackingRef, Format, qcow2};
 use std::path::Path;
 use store::file::{FileStore, OpenOptions};
 
@@ -46,6 +46,7 @@ struct Wanted {
     backing_format: Option<String>,
     cluster_size: Option<u64>,
     table_size: Option<u32>,
+    qcow2: qcow2::Options,
 }
 
 pub(crate) fn run(args: Args) -> Outcome {
@@ -67,13 +68,14 @@ fn gather(args: &Args, format: Format) -> Result<Wanted, String> {
             pair.split_once('=').ok_or_else(|| format!("Invalid parameter '{pair}': key=value is expected"))?;
         match (key, format) {
             ("size", _) => wanted.size = Some(size::parse(value)?),
-            ("backing_file", Format::Qed) => wanted.backing = Some(value.to_owned()),
-            ("backing_fmt", Format::Qed) => wanted.backing_format = Some(value.to_owned()),
-            ("cluster_size", Format::Qed) => wanted.cluster_size = Some(size::parse(value)?),
+            ("backing_file", Format::Qed | Format::Qcow2) => wanted.backing = Some(value.to_owned()),
+            ("backing_fmt", Format::Qed | Format::Qcow2) => wanted.backing_format = Some(value.to_owned()),
+            ("cluster_size", Format::Qed | Format::Qcow2) => wanted.cluster_size = Some(size::parse(value)?),
             ("table_size", Format::Qed) => {
                 let clusters = size::parse(value)?;
                 wanted.table_size = Some(u32::try_from(clusters).map_err(|_| format!("Invalid table_size '{value}'"))?);
             }
+            (_, Format::Qcow2) => qcow2_option(&mut wanted.qcow2, key, value)?,
             _ => return Err(format!("Invalid parameter '{key}'")),
         }
     }
@@ -81,6 +83,37 @@ fn gather(args: &Args, format: Format) -> Result<Wanted, String> {
         return Err("Backing file not supported for file format 'raw'".into());
     }
     Ok(wanted)
+}
+
+/// An option that only QCOW2 has.
+fn qcow2_option(options: &mut qcow2::Options, key: &str, value: &str) -> Result<(), String> {
+    let invalid = || format!("Invalid value '{value}' for parameter '{key}'");
+    let on = || match value {
+        "on" | "yes" | "true" | "y" => Ok(true),
+        "off" | "no" | "false" | "n" => Ok(false),
+        _ => Err(format!("Parameter '{key}' expects 'on' or 'off'")),
+    };
+    match key {
+        "compat" => {
+            options.version = match value {
+                "0.10" | "v2" => 2,
+                "1.1" | "v3" => 3,
+                _ => return Err(invalid()),
+            }
+        }
+        "refcount_bits" => options.refcount_bits = value.parse().map_err(|_| invalid())?,
+        "lazy_refcounts" => options.lazy_refcounts = on()?,
+        "extended_l2" => options.extended_l2 = on()?,
+        "compression_type" => {
+            options.compression = match value {
+                "zlib" => qcow2::Compression::Deflate,
+                "zstd" => qcow2::Compression::Zstd,
+                _ => return Err(invalid()),
+            }
+        }
+        _ => return Err(format!("Invalid parameter '{key}'")),
+    }
+    Ok(())
 }
 
 /// Splits at commas; a doubled comma stands for one (as QEMU has it in file names).
@@ -132,8 +165,14 @@ async fn make(args: &Args, format: Format, wanted: Wanted) -> Result<(), String>
         backing = Some(BackingRef { name, format: Some(recorded) });
     }
     let size = size.ok_or_else(|| format!("{file}: Image creation needs a size parameter"))?;
-    let options =
-        CreateOptions { format, size, backing, cluster_size: wanted.cluster_size, table_size: wanted.table_size };
+    let options = CreateOptions {
+        format,
+        size,
+        backing,
+        cluster_size: wanted.cluster_size,
+        table_size: wanted.table_size,
+        qcow2: wanted.qcow2,
+    };
     let warnings = validate(&options).map_err(|e| format!("{file}: {e}"))?;
     if !args.quiet {
         println!("{}", formatting_line(file, &options));
@@ -212,6 +251,7 @@ mod tests {
             backing: Some(BackingRef { name: "master.img".into(), format: Some(Format::Raw) }),
             cluster_size: Some(131_072),
             table_size: Some(8),
+            ..CreateOptions::new(Format::Qed, 20 << 20)
         };
         assert_eq!(
             formatting_line("my2.qed", &options),

@@ -1,6 +1,6 @@
 //! Creating: options as the user wrote them, checked before a byte is written.
 
-use crate::{BackingRef, Error, ErrorKind, Format, Result};
+use crate::{BackingRef, Format, Result, qcow2};
 use std::rc::Rc;
 use store::Store;
 
@@ -13,17 +13,26 @@ pub struct CreateOptions {
     pub size: u64,
     /// What lies below.
     pub backing: Option<BackingRef>,
-    /// QED: cluster size in bytes (power of two, 4 KiB to 64 MiB; default 64 KiB).
+    /// Cluster size in bytes, a power of two; default 64 KiB. QED: 4 KiB to 64 MiB; QCOW2: 512 bytes to 2 MiB.
     pub cluster_size: Option<u64>,
     /// QED: clusters per L1 and L2 table (power of two, 1 to 16; default 4).
     pub table_size: Option<u32>,
+    /// QCOW2: everything else.
+    pub qcow2: qcow2::Options,
+}
+
+impl CreateOptions {
+    /// Of this size, and nothing below; as each format has it by default.
+    pub fn new(format: Format, size: u64) -> Self {
+        Self { format, size, backing: None, cluster_size: None, table_size: None, qcow2: qcow2::Options::default() }
+    }
 }
 
 /// Checks `options` without touching anything; returns warnings for the user (QED table size 1: QEMU cannot open it).
 pub fn validate(options: &CreateOptions) -> Result<Vec<String>> {
     match options.format {
         Format::Raw => crate::raw::validate(options),
-        Format::Qcow2 => Err(unwritten()),
+        Format::Qcow2 => qcow2::validate(options),
         Format::Qed => crate::qed::validate(options),
     }
 }
@@ -32,12 +41,7 @@ pub fn validate(options: &CreateOptions) -> Result<Vec<String>> {
 pub async fn create(store: Rc<dyn Store>, options: &CreateOptions) -> Result<()> {
     match options.format {
         Format::Raw => crate::raw::create(store, options).await,
-        Format::Qcow2 => Err(unwritten()),
+        Format::Qcow2 => qcow2::create(store, options).await,
         Format::Qed => crate::qed::create(store, options).await,
     }
-}
-
-fn unwritten() -> Error {
-    let what = "QCOW2 images are read, not written, so far; make it with qemu-img, or use '-f qed'";
-    Error::new(ErrorKind::Unsupported, "", None, what)
 }

@@ -54,14 +54,27 @@ pub type ImageFuture<'a, T> = LocalBoxFuture<'a, Result<T>>;
 /// What one image (not its backing file) says about a run of the guest's bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Mapping {
-    /// The bytes are in [`Image::store`] from this offset on.
+    /// The bytes are in [`Image::store`] from this offset on, and are written there.
     Data(HostOffset),
+    /// The bytes are in [`Image::store`] from this offset on, and somebody else's, too (a snapshot's): they are read there; a write
+    /// goes to new clusters.
+    Shared(HostOffset),
     /// The image says these are zeros, whatever lies below.
     Zero,
     /// The bytes are in [`Image::store`], packed: [`Image::unpack`] reads them.
     Packed,
     /// The image says nothing: what lies below shows through, zeros if there is nothing below.
     Unallocated,
+}
+
+impl Mapping {
+    /// Where the bytes can be read in [`Image::store`], if they can be read there as they are.
+    pub fn stored(self) -> Option<HostOffset> {
+        match self {
+            Self::Data(host) | Self::Shared(host) => Some(host),
+            Self::Zero | Self::Packed | Self::Unallocated => None,
+        }
+    }
 }
 
 /// The first run of a range, all mapped alike (contiguous in the store, where it is data).

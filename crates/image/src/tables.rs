@@ -72,6 +72,12 @@ impl Tables {
         self.l1.extend(more);
     }
 
+    /// The L1 table has moved, or become longer.
+    pub(crate) fn replace_l1(&mut self, l1: Vec<u64>) {
+        debug_assert!(l1.len().is_multiple_of(self.form.slice));
+        self.l1 = l1;
+    }
+
     /// Where table `index` is.
     #[inline]
     pub(crate) fn place(&self, index: u64) -> Place {

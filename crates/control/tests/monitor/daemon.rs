@@ -91,6 +91,7 @@ fn make_images(dir: &Path) {
                 backing: Some(BackingRef { name: below.into(), format: Some(format) }),
                 cluster_size: None,
                 table_size: None,
+                qcow2: image::qcow2::Options::default(),
             };
             let store = FileStore::create(&dir.join(name), OpenOptions::default()).await.unwrap();
             create(store.clone(), &options).await.unwrap();

@@ -79,7 +79,14 @@ impl World {
             (_, None) => file.bytes = MemoryStore::new(name, size),
             (Formats::Sketched, Some(unit)) => file.tables = Some(Tables::new(unit, size, backing)),
             (Formats::Real, Some(_)) => {
-                let options = CreateOptions { format, size, backing, cluster_size: unit, table_size: None };
+                let options = CreateOptions {
+                    format,
+                    size,
+                    backing,
+                    cluster_size: unit,
+                    table_size: None,
+                    qcow2: image::qcow2::Options::default(),
+                };
                 create(file.bytes.clone(), &options).await.unwrap();
             }
         }

@@ -85,6 +85,7 @@ fn make_overlay(master: &Path, top: &Path, size: u64) -> Result<(), String> {
         backing: Some(image::BackingRef { name, format: Some(Format::Raw) }),
         cluster_size: None,
         table_size: None,
+        qcow2: image::qcow2::Options::default(),
     };
     on_ring(create::write(&top.to_string_lossy(), &options))
 }

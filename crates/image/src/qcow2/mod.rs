@@ -1,62 +1,133 @@
-//! QCOW2, versions 2 and 3: read so far, not written.
+//! QCOW2, versions 2 and 3.
 //!
-//! * `open`: the header is understood whole or the image is refused;
-//! * `resolve`: from a guest's range to what the tables say, from slices of L2 tables in memory;
-//! * `unpack`: packed clusters.
+//! * `open`, `create`: the header's way in and out;
+//! * `resolve`: where a guest's bytes are; `unpack`: packed clusters;
+//! * `allocate`: reservations; `refcount`: which clusters are in use, and by how many;
+//! * `commit`: what was linked becomes durable;
+//! * `header`: size, backing reference, where the tables are;
+//! * `check`, `repair`: consistency of what is on disk.
 //!
-//! Served as a backing file and, read-only, as a disk. All the kinds of clusters there are: plain, zero, packed (deflate and
-//! zstd), with subclusters. Not served, and named when refused: encryption, an external data file.
+//! All the kinds of clusters there are: plain, zero, packed (deflate and zstd), with subclusters, shared with internal snapshots.
+//! Not served, and named when refused: encryption, an external data file.
 //!
-//! **Invariants.** Nothing is ever written. What the tables say is checked when it is used; a damaged entry is an error with its
-//! place, and the rest of the image is served. Memory is bounded: the L1 table (32 MiB at most), [`resolve::CACHE_SLICES`]
-//! slices, [`unpack::KEPT_BYTES`] of unpacked clusters.
+//! # What is written, and in which order
+//! 1. The guest's data, by whoever holds the reservation. Nothing refers to reserved clusters, on disk they are free.
+//! 2. (commit) refcounts of what was linked (new blocks → barrier → the refcount table) → barrier → slices of L2 tables →
+//!    barrier → L1 entries of new tables → barrier.
+//! 3. Refcounts of what was replaced go down after that, with the next commit: a cluster is free once no table on disk refers
+//!    to it. What a cut leaves behind is at worst a cluster that is counted and not used.
+//!
+//! Refcounts ride in front of the barrier that the data needs anyway, so an image is never left dirty: "lazy refcounts" are
+//! allowed, and not needed.
+//!
+//! **Invariants.**
+//! * A cluster or table is changed where it is only if its entry says that it is referred to once ("copied").
+//! * A plain cluster that becomes zeros is zeroed where it is; its mapping stays.
+//! * Whatever must not stop half way (a commit, every header write) runs in a task of its own.
+//! * What the tables say is checked when it is used; a damaged entry is an error with its place, and the rest of the image is
+//!   served.
+//! * Memory is bounded: the L1 table (32 MiB at most), the refcount table (8 MiB), slices, some refcount blocks, a few
+//!   unpacked clusters.
 
+mod allocate;
+mod check;
+mod commit;
+mod counts;
+mod create;
+mod header;
 mod open;
+mod refcount;
+mod repair;
 mod resolve;
 mod unpack;
 
+pub use create::Options;
+pub(crate) use create::{create, validate};
+pub use layout::qcow2::Compression;
 pub(crate) use open::open;
+pub use open::open_with_table_memory;
 
+use crate::commits::Commits;
+use crate::health::Health;
+use crate::room::Room;
+use crate::slices::SliceCache;
+use crate::tables::{L1Form, Tables};
 use crate::{
-    BackingRef, CheckReport, Error, ErrorKind, Format, Image, ImageFuture, ImageInfo, Mapped, Purpose, Repair,
-    Reservation, Result,
+    BackingRef, CheckReport, Error, Format, Image, ImageFuture, ImageInfo, Mapped, Purpose, Repair, Reservation, Result,
 };
-use layout::qcow2::{Features, Header};
-use layout::{GuestRange, HostOffset};
-use resolve::Slices;
+use header::HeaderZone;
+use layout::qcow2::{COPIED, Features, Header, Slice};
+use layout::{GuestOffset, GuestRange, HostRange};
+use refcount::Refcounts;
 use ring::Iov;
-use std::cell::RefCell;
+use ring::sync::{Event, Mutex};
+use std::cell::{Cell, RefCell};
 use std::rc::Rc;
 use store::Store;
 use unpack::Kept;
 
-/// An open QCOW2 image.
-pub(crate) struct Qcow2Image {
+/// Bytes of a table that are read, kept and written together (a whole table where it is smaller).
+const SLICE_BYTES: u64 = 4096;
+
+/// Everything an open image knows. Shared by the image, its reservations and its tasks; no borrow of a cell lasts over an
+/// await.
+struct Core {
     store: Rc<dyn Store>,
-    header: Header,
-    backing: Option<BackingRef>,
-    l1: Vec<u64>,
-    slices: RefCell<Slices>,
+    health: Health,
+    for_check: bool,
+    /// The header as it is on disk.
+    header: Cell<Header>,
+    /// Whoever publishes anything (a commit, a header) holds this.
+    zone: Mutex<HeaderZone>,
+    backing: RefCell<Option<BackingRef>>,
+    /// How far reservations may reach; past the size only while zeros are marked there.
+    reach: Cell<u64>,
+    /// Reservations handed out or in the making.
+    active: Cell<usize>,
+    tables: RefCell<Tables>,
+    cache: RefCell<SliceCache<Slice>>,
+    /// A slice was unpinned.
+    unpinned: Rc<Event>,
+    room: Rc<Room>,
+    refcounts: RefCell<Refcounts>,
+    /// Linked, and not counted yet.
+    linked: RefCell<Vec<HostRange>>,
+    /// Whoever makes a fresh table holds this.
+    making_table: Mutex<()>,
+    commits: Commits,
     kept: RefCell<Kept>,
 }
 
-impl Qcow2Image {
-    fn error(&self, kind: ErrorKind, offset: Option<HostOffset>, what: impl Into<String>) -> Error {
-        Error::new(kind, self.store.name(), offset, what)
+/// How QCOW2 writes its L1 table.
+fn l1_form(cluster_size: u64) -> L1Form {
+    L1Form { slice: SLICE_BYTES.min(cluster_size) as usize / 8, entry: |at| at.get() | COPIED, bytes: u64::to_be_bytes }
+}
+
+impl Core {
+    fn size(&self) -> u64 {
+        self.header.get().size
     }
 
-    fn unwritten<T: 'static>(&self) -> ImageFuture<'_, T> {
-        let error = self.error(ErrorKind::ReadOnly, None, "QCOW2 images are read, not written");
-        Box::pin(async { Err(error) })
+    fn cluster_size(&self) -> u64 {
+        self.header.get().cluster_size()
     }
 
-    fn check_range(&self, range: GuestRange) -> Result<()> {
-        if range.is_empty() || range.end().get() > self.header.size {
-            let what = format!("the range {range} does not lie within the disk's {} bytes", self.header.size);
-            return Err(self.error(ErrorKind::InvalidArgument, None, what));
-        }
-        Ok(())
+    /// Whether a cluster can be said to be zeros without a place of its own.
+    fn has_zero_clusters(&self) -> bool {
+        self.header.get().version > 2
     }
+
+    /// Settles, unless there is a reason not to, and closes the store, in any case.
+    async fn close(self: &Rc<Self>) -> Result<()> {
+        let settled = if self.health.read_only() || self.health.is_poisoned() { Ok(()) } else { self.settle().await };
+        let closed = self.store.close().await.map_err(Error::from);
+        settled.and(closed)
+    }
+}
+
+/// An open QCOW2 image.
+pub(crate) struct Qcow2Image {
+    core: Rc<Core>,
 }
 
 impl Image for Qcow2Image {
@@ -65,23 +136,23 @@ impl Image for Qcow2Image {
     }
 
     fn store(&self) -> &Rc<dyn Store> {
-        &self.store
+        &self.core.store
     }
 
     fn size(&self) -> u64 {
-        self.header.size
+        self.core.size()
     }
 
     fn cluster_size(&self) -> u64 {
-        self.header.cluster_size()
+        self.core.cluster_size()
     }
 
     fn read_only(&self) -> bool {
-        true
+        self.core.health.read_only()
     }
 
     fn backing(&self) -> Option<BackingRef> {
-        self.backing.clone()
+        self.core.backing.borrow().clone()
     }
 
     fn may_probe_backing(&self) -> bool {
@@ -89,72 +160,80 @@ impl Image for Qcow2Image {
     }
 
     fn info(&self) -> ImageInfo {
-        let has = |feature| self.header.features.contains(feature);
+        let header = self.core.header.get();
+        let has = |feature| header.features.contains(feature);
         let mut warnings = Vec::new();
         if has(Features::CORRUPT) {
-            warnings.push("the image is marked as corrupt; run 'qemu-img check -r all' on it".to_owned());
+            warnings.push("the image is marked as corrupt; run 'check -r all' on it".to_owned());
         }
-        ImageInfo { cluster_size: Some(self.header.cluster_size()), dirty: has(Features::DIRTY), warnings }
+        ImageInfo { cluster_size: Some(header.cluster_size()), dirty: has(Features::DIRTY), warnings }
     }
 
     fn lookup(&self, range: GuestRange) -> Result<Option<Mapped>> {
-        self.check_range(range)?;
-        self.resolve(range)
+        self.core.lookup(range)
     }
 
     fn load(&self, range: GuestRange) -> ImageFuture<'_, ()> {
         Box::pin(async move {
-            self.check_range(range)?;
-            self.load_slice(range.start()).await
+            self.core.health.check_range(range, self.core.size())?;
+            self.core.load(range.start()).await
         })
     }
 
     fn unpack(&self, range: GuestRange, into: Iov) -> ImageFuture<'_, ()> {
         Box::pin(async move {
-            self.check_range(range)?;
-            self.unpack_range(range, &into).await
+            self.core.health.check_range(range, self.core.size())?;
+            self.core.unpack_range(range, &into).await
         })
     }
 
-    fn reserve(&self, _: GuestRange, _: Purpose) -> ImageFuture<'_, Reservation> {
-        self.unwritten()
+    fn reserve(&self, range: GuestRange, purpose: Purpose) -> ImageFuture<'_, Reservation> {
+        Box::pin(self.core.reserve(range, purpose))
     }
 
-    fn write_zeroes(&self, _: GuestRange, _: bool, _: bool) -> ImageFuture<'_, ()> {
-        self.unwritten()
+    fn write_zeroes(&self, range: GuestRange, unmap: bool, masked: bool) -> ImageFuture<'_, ()> {
+        Box::pin(self.core.write_zeroes(range, unmap, masked))
     }
 
     fn is_dirty(&self) -> bool {
-        false
+        self.core.is_dirty()
     }
 
     fn commit(&self) -> ImageFuture<'_, ()> {
-        Box::pin(async { Ok(()) })
+        Box::pin(self.core.commit())
     }
 
     fn settle(&self) -> ImageFuture<'_, ()> {
-        Box::pin(async { Ok(()) })
+        let core = self.core.clone();
+        Box::pin(ring::spawn(async move { core.settle().await }))
     }
 
-    fn resize(&self, _: u64) -> ImageFuture<'_, ()> {
-        self.unwritten()
+    fn resize(&self, size: u64) -> ImageFuture<'_, ()> {
+        let core = self.core.clone();
+        Box::pin(ring::spawn(async move { core.resize(size).await }))
     }
 
-    fn set_backing(&self, _: Option<BackingRef>) -> ImageFuture<'_, ()> {
-        self.unwritten()
+    fn mask_behind_end(&self, until: GuestOffset) -> ImageFuture<'_, ()> {
+        let core = self.core.clone();
+        Box::pin(ring::spawn(async move { core.mask_behind_end(until).await }))
     }
 
-    fn check(&self, _: Repair) -> ImageFuture<'_, CheckReport> {
-        let what = "QCOW2 images are not checked yet; use 'qemu-img check'";
-        let error = self.error(ErrorKind::Unsupported, None, what);
-        Box::pin(async { Err(error) })
+    fn set_backing(&self, backing: Option<BackingRef>) -> ImageFuture<'_, ()> {
+        let core = self.core.clone();
+        Box::pin(ring::spawn(async move { core.set_backing(backing).await }))
+    }
+
+    fn check(&self, repair: Repair) -> ImageFuture<'_, CheckReport> {
+        let core = self.core.clone();
+        Box::pin(ring::spawn(async move { core.check(repair).await }))
     }
 
     fn poisoned(&self) -> Option<Error> {
-        None
+        self.core.health.poison()
     }
 
     fn close(&self) -> ImageFuture<'_, ()> {
-        Box::pin(async { Ok(self.store.close().await?) })
+        let core = self.core.clone();
+        Box::pin(ring::spawn(async move { core.close().await }))
     }
 }

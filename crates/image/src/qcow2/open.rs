@@ -1,13 +1,20 @@
 //! Opening: the header is understood whole or the image is refused.
 
-use super::Qcow2Image;
-use super::resolve::Slices;
-use super::unpack::Kept;
+use super::header::HeaderZone;
+use super::refcount::Refcounts;
+use super::{Core, Qcow2Image, SLICE_BYTES, l1_form};
+use crate::commits::Commits;
+use crate::health::Health;
+use crate::room::Room;
+use crate::slices::{CACHE_BYTES, SliceCache};
+use crate::space::Space;
+use crate::tables::Tables;
 use crate::{BackingRef, Error, ErrorKind, Format, Image, OpenOptions, Result};
 use layout::HostOffset;
-use layout::qcow2::{self, ErrorKind as HeaderErrorKind, Extensions, Features, Header};
+use layout::qcow2::{self, AUTOCLEAR_BITMAPS, ErrorKind as HeaderErrorKind, Extensions, Features, Header};
 use ring::Iov;
-use std::cell::RefCell;
+use ring::sync::{Event, Mutex};
+use std::cell::{Cell, RefCell};
 use std::rc::Rc;
 use store::Store;
 
@@ -19,9 +26,14 @@ const READ_BYTES: usize = 1 << 20;
 
 /// Opens the QCOW2 image in `store`.
 pub(crate) async fn open(store: Rc<dyn Store>, options: OpenOptions) -> Result<Rc<dyn Image>> {
-    if !options.read_only {
-        let what = "QCOW2 images are read, not written, so far: open it read-only, or put an overlay over it \
-                    ('headwater create -f qed -b IMAGE -F qcow2 OVERLAY')";
+    open_with_table_memory(store, options, CACHE_BYTES).await
+}
+
+/// Opens the QCOW2 image in `store` with a stated budget for L2 tables in memory, in bytes. [`crate::open()`] takes 32 MiB.
+pub async fn open_with_table_memory(store: Rc<dyn Store>, options: OpenOptions, bytes: usize) -> Result<Rc<dyn Image>> {
+    let limits = store.limits();
+    if limits.read_only && !options.read_only {
+        let what = "it cannot be written to; open it read-only";
         return Err(Error::new(ErrorKind::ReadOnly, store.name(), None, what));
     }
     let head = Iov::alloc(HEAD);
@@ -33,14 +45,67 @@ pub(crate) async fn open(store: Rc<dyn Store>, options: OpenOptions) -> Result<R
         let what = "its data are in a file of their own, which is not supported; convert it with 'qemu-img convert'";
         return Err(Error::new(ErrorKind::Unsupported, store.name(), None, what));
     }
+    if header.features.contains(Features::CORRUPT) && !options.read_only && !options.for_check {
+        let what = "the image is marked as corrupt and must not be written to; check and repair it ('check -r all'), or open it \
+                    read-only";
+        return Err(Error::new(ErrorKind::Corrupt, store.name(), None, what));
+    }
+    let zone = HeaderZone::read(&*store, &header).await?;
     let backing = read_backing(&*store, &header).await?;
     let l1 = read_l1(&*store, &header).await?;
-    let (slices, kept) = (RefCell::new(Slices::default()), RefCell::new(Kept::default()));
-    Ok(Rc::new(Qcow2Image { store, header, backing, l1, slices, kept }))
+    let unpinned = Rc::new(Event::new());
+    let cluster = header.cluster_size();
+    let length = store.size().next_multiple_of(cluster);
+    let core = Rc::new(Core {
+        health: Health::new(store.clone(), options.read_only, unpinned.clone()),
+        for_check: options.for_check,
+        zone: Mutex::new(zone),
+        backing: RefCell::new(backing),
+        reach: Cell::new(0),
+        active: Cell::new(0),
+        tables: RefCell::new(Tables::new(l1_form(cluster), l1)),
+        cache: RefCell::new(SliceCache::new(bytes, SLICE_BYTES.min(cluster) as usize)),
+        unpinned,
+        room: Room::new(store.clone(), cluster, Space::full(cluster, length, !limits.fixed_size)),
+        refcounts: RefCell::new(Refcounts::new(Vec::new())),
+        linked: RefCell::default(),
+        making_table: Mutex::new(()),
+        commits: Commits::default(),
+        kept: RefCell::default(),
+        header: Cell::new(header),
+        store,
+    });
+    if !options.read_only {
+        core.prepare_to_write().await?;
+    }
+    Ok(Rc::new(Qcow2Image { core }))
+}
+
+impl Core {
+    /// What a writer must do before anything else: repair what was left dirty, clear features it does not keep up, find out
+    /// what is free.
+    async fn prepare_to_write(self: &Rc<Self>) -> Result<()> {
+        let header = self.header.get();
+        let table = self.read_refcount_table(&header).await?;
+        *self.refcounts.borrow_mut() = Refcounts::new(table);
+        if self.for_check {
+            return Ok(());
+        }
+        if header.features.contains(Features::DIRTY) {
+            self.recover().await?;
+        }
+        let header = self.header.get();
+        if header.autoclear_features & !AUTOCLEAR_BITMAPS != 0 {
+            let mut zone = self.zone.lock().await;
+            let autoclear_features = header.autoclear_features & AUTOCLEAR_BITMAPS;
+            self.publish_header(&mut zone, Header { autoclear_features, ..header }).await?;
+        }
+        self.find_free().await
+    }
 }
 
 /// A header's error as a user sees it.
-fn header_error(image: &str, error: &qcow2::Error) -> Error {
+pub(super) fn header_error(image: &str, error: &qcow2::Error) -> Error {
     let (kind, what) = match error.kind() {
         HeaderErrorKind::Foreign => (ErrorKind::Corrupt, format!("not a QCOW2 image: {error}; state the right format")),
         HeaderErrorKind::Unsupported => (ErrorKind::Unsupported, format!("this QCOW2 image cannot be opened: {error}")),
@@ -67,7 +132,7 @@ async fn read_backing(store: &dyn Store, header: &Header) -> Result<Option<Backi
     let bytes = Iov::alloc(end.saturating_sub(start) as usize);
     store.read(HostOffset(start), bytes.clone()).await?;
     let extensions = Extensions::decode(&bytes.to_vec(), start).map_err(|error| header_error(store.name(), &error))?;
-    let format = match extensions.backing_format {
+    let format = match extensions.backing_format() {
         None => None,
         Some(format) => match Format::from_name(&format) {
             Some(format) => Some(format),
@@ -80,10 +145,10 @@ async fn read_backing(store: &dyn Store, header: &Header) -> Result<Option<Backi
     Ok(Some(BackingRef { name, format }))
 }
 
-/// The L1 table: at most 32 MiB, whatever the header says (see [`Header`]), and no longer than the file.
-async fn read_l1(store: &dyn Store, header: &Header) -> Result<Vec<u64>> {
-    let bytes = header.l1_entries as usize * 8;
-    let mut entries = Vec::with_capacity(header.l1_entries as usize);
+/// The clusters of the L1 table: at most 32 MiB, whatever the header says (see [`Header`]).
+pub(super) async fn read_l1(store: &dyn Store, header: &Header) -> Result<Vec<u64>> {
+    let bytes = header.l1_range().len().next_multiple_of(header.cluster_size()) as usize;
+    let mut entries = Vec::with_capacity(bytes / 8);
     for at in (0..bytes).step_by(READ_BYTES) {
         let part = Iov::alloc(READ_BYTES.min(bytes - at));
         store.read(header.l1_table + at as u64, part.clone()).await?;

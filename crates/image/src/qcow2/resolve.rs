@@ -1,59 +1,51 @@
-//! From a guest's range to what the tables say.
+//! Where a guest's bytes are.
 //!
-//! L2 tables come into memory a slice at a time; the least recently used ones make room. A look-up never blocks: where the
-//! slice is missing it says so, and [`Qcow2Image::load_slice`] brings it.
+//! **Invariants.**
+//! * `lookup` changes nothing and waits for nothing: it sees exactly what was linked when it was called.
+//! * What a table that is shared with a snapshot says of its clusters counts as shared, too: such a table's slices come into
+//!   memory without "copied" flags.
 
-use super::Qcow2Image;
-use crate::{ErrorKind, Mapped, Mapping, Result};
-use layout::qcow2::{L1Entry, L2Entry};
+use super::{Core, SLICE_BYTES};
+use crate::slices::Room;
+use crate::tables::Place;
+use crate::{Mapped, Mapping, Result};
+use layout::qcow2::{COPIED, L1Entry, L2Entry, Packed, Slice, SubclusterMap, is_own};
 use layout::{GuestOffset, GuestRange, HostOffset};
 use ring::Iov;
-use std::collections::HashMap;
 use std::rc::Rc;
 
-/// Bytes of an L2 table that are read at once (a whole table where it is smaller).
-const SLICE_BYTES: u64 = 4096;
+/// How far one lookup looks: this many tables that do not exist, or a 64th of it pieces of slices. Bounds the time it holds
+/// the shard; whoever wants more asks again.
+const LOOKUP_STEPS: u32 = 4096;
+const PIECE_STEPS: u32 = 64;
 
-/// Slices in memory: 8 MiB.
-pub(super) const CACHE_SLICES: usize = 2048;
-
-/// A part of an L2 table, as it lies in the file.
-type Slice = Rc<[u64]>;
-
-/// Slices in memory, by their place in the file.
-#[derive(Default)]
-pub(super) struct Slices {
-    held: HashMap<HostOffset, (Slice, u64)>,
-    clock: u64,
+/// An L2 table to look into.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Table {
+    /// Nothing in its reach is allocated.
+    Nowhere,
+    /// On disk.
+    Stored {
+        /// Where.
+        at: HostOffset,
+        /// Nobody else refers to it.
+        own: bool,
+    },
+    /// Only in memory so far.
+    Fresh {
+        /// Where.
+        at: HostOffset,
+        /// What is not in the cache is zeros; otherwise it is on disk.
+        empty: bool,
+    },
 }
 
-impl Slices {
-    fn get(&mut self, at: HostOffset) -> Option<Slice> {
-        self.clock += 1;
-        let (slice, used) = self.held.get_mut(&at)?;
-        *used = self.clock;
-        Some(Rc::clone(slice))
-    }
-
-    fn put(&mut self, at: HostOffset, slice: Slice) {
-        if self.held.len() >= CACHE_SLICES {
-            // An eighth at once, so that looking for the oldest is rare.
-            let mut ages: Vec<u64> = self.held.values().map(|(_, used)| *used).collect();
-            let (_, limit, _) = ages.select_nth_unstable(CACHE_SLICES / 8);
-            let limit = *limit;
-            self.held.retain(|_, (_, used)| *used > limit);
-        }
-        self.clock += 1;
-        self.held.insert(at, (slice, self.clock));
-    }
-}
-
-/// What a run of the guest's bytes is, before runs are joined.
-#[derive(Clone, Copy, PartialEq, Eq)]
+/// What a run of the guest's bytes is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Piece {
     Is(Mapping),
     /// A packed cluster, whose entry it is.
-    Packed(layout::qcow2::Packed),
+    Packed(Packed),
 }
 
 impl Piece {
@@ -67,121 +59,288 @@ impl Piece {
     /// Whether `next`, which begins `len` bytes behind the start of this, is alike.
     fn goes_on_with(self, len: u64, next: Self) -> bool {
         match (self, next) {
-            (Self::Is(Mapping::Data(at)), Self::Is(Mapping::Data(next))) => at.checked_add(len) == Some(next),
-            _ => self.mapping() == next.mapping(),
+            (Self::Is(Mapping::Data(at)), Self::Is(Mapping::Data(next)))
+            | (Self::Is(Mapping::Shared(at)), Self::Is(Mapping::Shared(next))) => at.checked_add(len) == Some(next),
+            _ => self.mapping() == next.mapping() && !matches!(self.mapping(), Mapping::Data(_) | Mapping::Shared(_)),
         }
     }
 }
 
-impl Qcow2Image {
-    /// The first run of `range` (checked), from slices in memory.
-    pub(super) fn resolve(&self, range: GuestRange) -> Result<Option<Mapped>> {
-        let Some((first, mut len)) = self.piece(range)? else { return Ok(None) };
-        while len < range.len() {
+impl Core {
+    /// Bytes of a slice.
+    pub(super) fn slice_bytes(&self) -> u64 {
+        SLICE_BYTES.min(self.cluster_size())
+    }
+
+    /// Words of an L2 entry.
+    pub(super) fn words(&self) -> usize {
+        self.header.get().l2_entry_bytes() as usize / 8
+    }
+
+    /// Guest bytes that one slice maps.
+    pub(super) fn slice_reach(&self) -> u64 {
+        self.slice_bytes() / self.header.get().l2_entry_bytes() * self.cluster_size()
+    }
+
+    /// The slice that holds a guest offset's entry.
+    pub(super) fn slice_of(&self, at: GuestOffset) -> u64 {
+        at.get() / self.slice_reach()
+    }
+
+    /// The first guest byte that a slice maps.
+    pub(super) fn slice_start(&self, number: u64) -> GuestOffset {
+        GuestOffset(number * self.slice_reach())
+    }
+
+    /// Where slice `number` of the table at `table` lies.
+    pub(super) fn slice_at(&self, table: HostOffset, number: u64) -> HostOffset {
+        table + number % (self.cluster_size() / self.slice_bytes()) * self.slice_bytes()
+    }
+
+    /// The index, within its slice, of a guest offset's first word.
+    pub(super) fn word_of(&self, at: GuestOffset) -> usize {
+        (at.get() % self.slice_reach() / self.cluster_size()) as usize * self.words()
+    }
+
+    /// Which L2 table maps a guest offset.
+    pub(super) fn l1_index(&self, at: GuestOffset) -> u64 {
+        at.get() / self.header.get().table_reach()
+    }
+
+    /// L2 table `index`, as the L1 table says.
+    pub(super) fn table(&self, index: u64) -> Result<Table> {
+        let place = self.tables.borrow().place(index);
+        let raw = match place {
+            Place::Nowhere => return Ok(Table::Nowhere),
+            Place::Fresh { at, empty } => return Ok(Table::Fresh { at, empty }),
+            Place::Stored(raw) => raw,
+        };
+        let header = self.header.get();
+        let place = header.l1_table + index * 8;
+        match L1Entry::decode(raw, &header) {
+            Ok(L1Entry::Unallocated) => Ok(Table::Nowhere),
+            Ok(L1Entry::Table(at)) if at.get() + header.cluster_size() > self.store.size() => {
+                let what =
+                    format!("L1 entry {index} leads to a table past the end of the file; check and repair the image");
+                Err(self.health.corrupt(place, what))
+            }
+            Ok(L1Entry::Table(at)) => Ok(Table::Stored { at, own: is_own(raw) }),
+            Err(why) => {
+                let what = format!("L1 entry {index}: {why}; check and repair the image");
+                Err(self.health.corrupt(place, what))
+            }
+        }
+    }
+
+    /// See [`crate::Image::lookup`].
+    pub(super) fn lookup(&self, range: GuestRange) -> Result<Option<Mapped>> {
+        self.health.check_range(range, self.size())?;
+        let Some((first, mut len, mut cost)) = self.piece(range)? else { return Ok(None) };
+        while len < range.len() && cost < LOOKUP_STEPS {
             // What cannot be told now, or is damaged, is for a later look-up.
             match self.piece(range.skip(len)) {
-                Ok(Some((next, more))) if first.goes_on_with(len, next) => len += more,
+                Ok(Some((next, more, steps))) if first.goes_on_with(len, next) => {
+                    len += more;
+                    cost += steps;
+                }
                 _ => break,
             }
         }
+        debug_assert!(len > 0 && len <= range.len(), "{len} of {range}");
         Ok(Some(Mapped { len, mapping: first.mapping() }))
     }
 
-    /// What the start of `range` is, and how far that goes within its cluster (or, where there is no table, within the table's
-    /// reach).
-    pub(super) fn piece(&self, range: GuestRange) -> Result<Option<(Piece, u64)>> {
+    /// What the start of `range` is, how far that goes (within its slice or, where there is no table, within the table's
+    /// reach), and what it cost to find out; `None` when it is not in memory.
+    pub(super) fn piece(&self, range: GuestRange) -> Result<Option<(Piece, u64, u32)>> {
         let at = range.start();
-        let Some(table) = self.table(at)? else {
-            let reach = self.header.table_reach();
-            let len = range.len().min(reach - at.get() % reach);
-            return Ok(Some((Piece::Is(Mapping::Unallocated), len)));
+        let reach = self.header.get().table_reach();
+        let unallocated =
+            |until: u64, cost| Ok(Some((Piece::Is(Mapping::Unallocated), range.len().min(until - at.get()), cost)));
+        let table = self.table(self.l1_index(at))?;
+        let number = self.slice_of(at);
+        let slice_end = (self.slice_start(number) + self.slice_reach()).get();
+        let start = match table {
+            Table::Nowhere => return unallocated(at.align_down(reach).get() + reach, 1),
+            Table::Stored { at, .. } | Table::Fresh { at, .. } => at,
         };
-        let (slice_at, index) = self.slice_of(table, at);
-        let Some(slice) = self.slices.borrow_mut().get(slice_at) else { return Ok(None) };
-        let words = self.header.l2_entry_bytes() as usize / 8;
-        let raw = slice.get(index * words).copied().unwrap_or(0);
-        let extended = if words == 2 { slice.get(index * words + 1).copied().unwrap_or(0) } else { 0 };
-        let entry = L2Entry::decode(raw, extended, &self.header).map_err(|why| {
-            let place = slice_at + (index * words * 8) as u64;
-            self.error(ErrorKind::Corrupt, Some(place), format!("L2 entry for guest offset {at}: {why}"))
+        match self.cache.borrow().get(number) {
+            Some(slice) => {
+                let within = range.first(slice_end - at.get());
+                let (piece, len) = self.piece_of(slice, within, self.slice_at(start, number))?;
+                Ok(Some((piece, len, PIECE_STEPS)))
+            }
+            None if matches!(table, Table::Fresh { empty: true, .. }) => unallocated(slice_end, PIECE_STEPS),
+            None => Ok(None),
+        }
+    }
+
+    /// The run at the start of `range`, which lies within the slice (which lies at `slice_at`).
+    fn piece_of(&self, slice: &Slice, range: GuestRange, slice_at: HostOffset) -> Result<(Piece, u64)> {
+        let header = self.header.get();
+        let (cluster, words) = (header.cluster_size(), self.words());
+        let first = self.word_of(range.start());
+        let entries = slice.raw().get(first..).unwrap_or_default();
+        let raw = entries.first().copied().unwrap_or(0);
+        let extended = if words == 2 { entries.get(1).copied().unwrap_or(0) } else { 0 };
+        let entry = L2Entry::decode(raw, extended, &header).map_err(|why| {
+            let what = format!("L2 entry for guest offset {}: {why}; check and repair the image", range.start().get());
+            self.health.corrupt(slice_at + first as u64 * 8, what)
         })?;
-        let inside = at.get() % self.header.cluster_size();
-        let len = range.len().min(self.header.cluster_size() - inside);
-        Ok(Some(match entry {
-            L2Entry::Unallocated => (Piece::Is(Mapping::Unallocated), len),
-            L2Entry::Zero | L2Entry::ZeroAllocated(_) => (Piece::Is(Mapping::Zero), len),
-            L2Entry::Data(host) => (Piece::Is(Mapping::Data(host + inside)), len),
-            L2Entry::Packed(packed) => (Piece::Packed(packed), len),
+        let inside = range.start().get() % cluster;
+        let stored = |host: HostOffset| if is_own(raw) { Mapping::Data(host) } else { Mapping::Shared(host) };
+        // How many entries in a row, this one included, are as `alike` says of their distance.
+        let run = |alike: &dyn Fn(u64, u64) -> bool| {
+            let most = (inside + range.len()).div_ceil(cluster) as usize;
+            let entries = entries.chunks(words).take(most).enumerate();
+            let same = |entry: &[u64]| words == 1 || entry.get(1) == Some(&extended);
+            let count = entries.take_while(|(n, entry)| *n == 0 || alike(*n as u64, entry[0]) && same(entry)).count();
+            range.len().min(count as u64 * cluster - inside)
+        };
+        let goes_on = |n: u64, entry: u64| Some(entry) == raw.checked_add(n * cluster);
+        Ok(match entry {
+            L2Entry::Unallocated => (Piece::Is(Mapping::Unallocated), run(&|_, entry| entry == 0)),
+            L2Entry::Zero | L2Entry::ZeroAllocated(_) => (Piece::Is(Mapping::Zero), run(&|_, entry| entry == 1)),
+            L2Entry::Data(host) => (Piece::Is(stored(host + inside)), run(&goes_on)),
+            L2Entry::Packed(packed) => (Piece::Packed(packed), range.len().min(cluster - inside)),
             L2Entry::Subclusters(host, map) => {
-                let size = self.header.cluster_size() / 32;
+                match map {
+                    SubclusterMap { stored: u32::MAX, .. } => {
+                        return Ok((Piece::Is(stored(host + inside)), run(&goes_on)));
+                    }
+                    SubclusterMap { zero: u32::MAX, .. } => {
+                        return Ok((Piece::Is(Mapping::Zero), run(&|_, entry| entry == raw)));
+                    }
+                    _ => {}
+                }
+                let size = cluster / 32;
                 let bit = 1_u32 << (inside / size);
                 let mapping = if map.stored & bit != 0 {
-                    Mapping::Data(host + inside)
+                    stored(host + inside)
                 } else if map.zero & bit != 0 {
                     Mapping::Zero
                 } else {
                     Mapping::Unallocated
                 };
-                (Piece::Is(mapping), len.min(size - inside % size))
+                (Piece::Is(mapping), range.len().min(size - inside % size))
             }
-        }))
+        })
     }
 
-    /// The L2 table for a guest offset, if there is one.
-    fn table(&self, at: GuestOffset) -> Result<Option<HostOffset>> {
-        let index = (at.get() / self.header.table_reach()) as usize;
-        let raw = self.l1.get(index).copied().unwrap_or(0);
-        let entry = L1Entry::decode(raw, &self.header).map_err(|why| {
-            let place = self.header.l1_table + index as u64 * 8;
-            self.error(ErrorKind::Corrupt, Some(place), format!("L1 entry {index}: {why}"))
-        })?;
-        match entry {
-            L1Entry::Unallocated => Ok(None),
-            L1Entry::Table(table) if table.get() + self.header.cluster_size() > self.store.size() => {
-                let place = self.header.l1_table + index as u64 * 8;
-                let what = format!("L1 entry {index} leads to a table past the end of the file");
-                Err(self.error(ErrorKind::Corrupt, Some(place), what))
+    /// Brings the slice for `at` into memory where there is one to bring.
+    pub(super) async fn load(self: &Rc<Self>, at: GuestOffset) -> Result<()> {
+        let number = self.slice_of(at);
+        while !self.cache.borrow().contains(number) {
+            match self.table(self.l1_index(at))? {
+                Table::Nowhere | Table::Fresh { empty: true, .. } => break,
+                Table::Stored { at, own } => self.fetch(number, at, own).await?,
+                Table::Fresh { at, .. } => self.fetch(number, at, true).await?,
             }
-            L1Entry::Table(table) => Ok(Some(table)),
+        }
+        Ok(())
+    }
+
+    /// Brings slice `number` into memory and keeps it there. Its table exists.
+    pub(super) async fn pin_slice(self: &Rc<Self>, number: u64) -> Result<SlicePin> {
+        let index = self.l1_index(self.slice_start(number));
+        loop {
+            if self.cache.borrow_mut().pin(number) {
+                return Ok(SlicePin { core: self.clone(), number });
+            }
+            match self.table(index)? {
+                Table::Stored { at, own } => self.fetch(number, at, own).await?,
+                Table::Fresh { at, empty: false } => self.fetch(number, at, true).await?,
+                Table::Fresh { .. } | Table::Nowhere => {
+                    self.make_room().await;
+                    // Meanwhile somebody else may have filled the slice, and a commit may have published the table. As
+                    // long as it is not published, whatever was linked in it is still in the cache.
+                    let empty = matches!(self.table(index)?, Table::Fresh { empty: true, .. } | Table::Nowhere);
+                    let mut cache = self.cache.borrow_mut();
+                    if empty && !cache.contains(number) {
+                        cache.insert(number, Slice::zeroed(self.slice_bytes() as usize / 8));
+                    }
+                }
+            }
         }
     }
 
-    /// The slice that holds a guest offset's entry, and the entry's index in it.
-    fn slice_of(&self, table: HostOffset, at: GuestOffset) -> (HostOffset, usize) {
-        let entry_bytes = self.header.l2_entry_bytes();
-        let byte = at.get() / self.header.cluster_size() % self.header.l2_entries() * entry_bytes;
-        let slice = SLICE_BYTES.min(self.header.cluster_size());
-        (table + (byte - byte % slice), (byte % slice / entry_bytes) as usize)
-    }
-
-    /// Brings the slice into memory that a look-up at `at` needs.
-    pub(super) async fn load_slice(&self, at: GuestOffset) -> Result<()> {
-        let Some(table) = self.table(at)? else { return Ok(()) };
-        let (slice_at, _) = self.slice_of(table, at);
-        if self.slices.borrow_mut().get(slice_at).is_some() {
+    /// Reads slice `number` of the table at `table`, or waits for whoever does. The caller looks again afterwards.
+    async fn fetch(self: &Rc<Self>, number: u64, table: HostOffset, own: bool) -> Result<()> {
+        let other = self.cache.borrow().loading(number).map(ring::sync::Event::wait);
+        if let Some(other) = other {
+            other.await;
             return Ok(());
         }
-        let bytes = Iov::alloc(SLICE_BYTES.min(self.header.cluster_size()) as usize);
-        self.store.read(slice_at, bytes.clone()).await?;
-        let words = bytes.to_vec().as_chunks().0.iter().map(|word| u64::from_be_bytes(*word)).collect();
-        self.slices.borrow_mut().put(slice_at, words);
+        self.cache.borrow_mut().begin_load(number);
+        let _loading = Loading { core: self, number };
+        let bytes = Iov::alloc(self.slice_bytes() as usize);
+        self.store.read(self.slice_at(table, number), bytes.clone()).await?;
+        let mut slice = Slice::decode(&bytes.to_vec());
+        if !own {
+            disown(&mut slice, self.words());
+        }
+        self.make_room().await;
+        let mut cache = self.cache.borrow_mut();
+        if !cache.contains(number) {
+            cache.insert(number, slice);
+        }
         Ok(())
+    }
+
+    /// Waits until there is room for one more slice. In a poisoned image what is dirty stays for good: there the cache may
+    /// grow beyond its budget by what is being looked at, so that reads go on.
+    async fn make_room(self: &Rc<Self>) {
+        loop {
+            let room = self.cache.borrow_mut().make_room();
+            if self.health.is_poisoned() {
+                return;
+            }
+            match room {
+                Room::Free => return,
+                // A failure poisons the image, which ends this loop.
+                Room::Commit => drop(self.commit().await),
+                Room::Wait => self.unpinned.wait().await,
+            }
+        }
     }
 }
 
-#[cfg(test)]
-mod tests {
-    use super::*;
+/// Takes the "copied" flags out of a slice whose table somebody else refers to, too.
+pub(super) fn disown(slice: &mut Slice, words: usize) {
+    for index in (0..slice.raw().len()).step_by(words) {
+        let raw = slice.raw()[index];
+        slice.set(index, raw & !COPIED);
+    }
+}
 
-    #[test]
-    fn the_cache_is_bounded_and_keeps_what_is_used() {
-        let mut slices = Slices::default();
-        let empty: Slice = Rc::from([]);
-        for n in 0..3 * CACHE_SLICES as u64 {
-            slices.put(HostOffset(n * 4096), Rc::clone(&empty));
-            assert!(slices.get(HostOffset(0)).is_some(), "used all the time");
-            assert!(slices.held.len() <= CACHE_SLICES);
-        }
-        assert!(slices.get(HostOffset(4096)).is_none());
+/// Keeps a slice in memory.
+pub(super) struct SlicePin {
+    core: Rc<Core>,
+    number: u64,
+}
+
+impl SlicePin {
+    /// Which slice.
+    pub(super) fn number(&self) -> u64 {
+        self.number
+    }
+}
+
+impl Drop for SlicePin {
+    fn drop(&mut self) {
+        self.core.cache.borrow_mut().unpin(self.number);
+        self.core.unpinned.notify_all();
+    }
+}
+
+/// Whoever brings a slice; when this is dropped, those who wait look for themselves.
+struct Loading<'a> {
+    core: &'a Core,
+    number: u64,
+}
+
+impl Drop for Loading<'_> {
+    fn drop(&mut self) {
+        self.core.cache.borrow_mut().end_load(self.number);
     }
 }

@@ -4,7 +4,7 @@
 //! a bomb unpacks to one cluster. Unpacking is done beside the shard, by a helper thread. The last few clusters are kept: a
 //! guest reads in smaller pieces.
 
-use super::Qcow2Image;
+use super::Core;
 use super::resolve::Piece;
 use crate::{ErrorKind, Result};
 use flate2::{Decompress, FlushDecompress};
@@ -39,12 +39,12 @@ impl Kept {
     }
 }
 
-impl Qcow2Image {
+impl Core {
     /// Reads `range`, all of it in packed clusters, into `into`, which is as long.
-    pub(super) async fn unpack_range(&self, range: GuestRange, into: &Iov) -> Result<()> {
+    pub(super) async fn unpack_range(self: &Rc<Self>, range: GuestRange, into: &Iov) -> Result<()> {
         let mut rest = range;
         while !rest.is_empty() {
-            let cluster = rest.start().align_down(self.header.cluster_size());
+            let cluster = rest.start().align_down(self.cluster_size());
             let bytes = self.cluster(cluster, rest).await?;
             let inside = (rest.start() - cluster) as usize;
             let part = (bytes.len() - inside).min(rest.len() as usize);
@@ -55,27 +55,27 @@ impl Qcow2Image {
     }
 
     /// The cluster that holds the start of `range`, unpacked.
-    async fn cluster(&self, cluster: GuestOffset, range: GuestRange) -> Result<Rc<[u8]>> {
+    async fn cluster(self: &Rc<Self>, cluster: GuestOffset, range: GuestRange) -> Result<Rc<[u8]>> {
         if let Some(kept) = self.kept.borrow().get(cluster) {
             return Ok(kept);
         }
         let packed = loop {
             match self.piece(range)? {
-                None => self.load_slice(range.start()).await?,
-                Some((Piece::Packed(packed), _)) => break packed,
+                None => self.load(range.start()).await?,
+                Some((Piece::Packed(packed), ..)) => break packed,
                 Some(_) => {
                     let what = format!("the cluster at guest offset {cluster} is not packed");
-                    return Err(self.error(ErrorKind::InvalidArgument, None, what));
+                    return Err(self.health.error(ErrorKind::InvalidArgument, None, what));
                 }
             }
         };
         let stream = self.read_packed(packed).await?;
-        let (how, size) = (self.header.compression, self.header.cluster_size() as usize);
+        let (how, size) = (self.header.get().compression, self.cluster_size() as usize);
         let unpacked = ring::unblock(move || unpack(how, &stream, size)).await;
         let bytes: Rc<[u8]> = unpacked
             .map_err(|why| {
                 let what = format!("the packed cluster for guest offset {cluster} cannot be unpacked: {why}");
-                self.error(ErrorKind::Corrupt, Some(packed.at), what)
+                self.health.error(ErrorKind::Corrupt, Some(packed.at), what)
             })?
             .into();
         self.kept.borrow_mut().put(cluster, Rc::clone(&bytes));
@@ -87,10 +87,10 @@ impl Qcow2Image {
         let length = self.store.size();
         if packed.at.get() >= length {
             let what = "a packed cluster lies past the end of the file";
-            return Err(self.error(ErrorKind::Corrupt, Some(packed.at), what));
+            return Err(self.health.error(ErrorKind::Corrupt, Some(packed.at), what));
         }
         // An entry's length is at most some clusters, so this is bounded; nothing useful packs to more than two.
-        let most = (2 * self.header.cluster_size()).max(1024);
+        let most = (2 * self.cluster_size()).max(1024);
         let bytes = Iov::alloc(packed.len.min(length - packed.at.get()).min(most) as usize);
         self.store.read(packed.at, bytes.clone()).await?;
         Ok(bytes.to_vec())

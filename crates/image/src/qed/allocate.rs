@@ -86,8 +86,8 @@ impl Core {
                     // Otherwise somebody populated it meanwhile: look again and zero that.
                     continue;
                 }
-                // (QED packs nothing.)
-                Mapping::Zero | Mapping::Unallocated | Mapping::Packed => {}
+                // (QED packs and shares nothing.)
+                Mapping::Zero | Mapping::Unallocated | Mapping::Packed | Mapping::Shared(_) => {}
             }
             at = run.end();
         }

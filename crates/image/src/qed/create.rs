@@ -81,7 +81,7 @@ mod tests {
     use crate::Format;
 
     fn options() -> CreateOptions {
-        CreateOptions { format: Format::Qed, size: 1 << 30, backing: None, cluster_size: None, table_size: None }
+        CreateOptions::new(Format::Qed, 1 << 30)
     }
 
     #[test]

@@ -123,7 +123,8 @@ fn populate_leaves_alone_what_is_allocated_and_what_the_veto_names() {
         assert_eq!((linked.linked, linked.dropped), (cluster, 3 * cluster));
         let mapping = async |n| guest.mapping(range(n * cluster, cluster)).await.unwrap().mapping;
         assert!(matches!(mapping(0).await, Mapping::Data(_)));
-        assert_eq!(mapping(2).await, Mapping::Zero);
+        assert_eq!(mapping(2).await == Mapping::Zero, subject.marks_zeros());
+        assert_eq!(guest.read(2 * cluster, 1).await.unwrap(), [0]);
         assert_eq!(mapping(3).await, Mapping::Unallocated);
         assert!(guest.read(cluster, 1).await.unwrap() == [1]);
         guest.image.close().await.unwrap();
@@ -157,7 +158,7 @@ fn whole_disk_of_zeroes_over_a_backing_file() {
         let guest = Guest::new(subject.open(store.clone()).await.unwrap(), &vec![9; SIZE as usize]);
         guest.image.write_zeroes(range(0, SIZE), true, true).await.unwrap();
         let mapped = guest.mapping(range(0, SIZE)).await.unwrap();
-        assert_eq!(mapped.mapping, Mapping::Zero);
+        assert_eq!(mapped.mapping == Mapping::Zero, subject.marks_zeros());
         assert!(guest.read_all().await.unwrap().iter().all(|b| *b == 0));
         guest.image.close().await.unwrap();
         subject.assert_clean(store.clone()).await;
@@ -179,7 +180,9 @@ fn lookup_runs_over_slices_and_stops_where_the_mapping_changes() {
             at += mapped.len;
             runs += 1;
         }
-        assert!(runs <= 4, "{}: {runs} runs", subject.name);
+        // New tables lie between the data of small clusters.
+        let tables = len / (cluster * cluster.min(4096) / 8);
+        assert!(runs <= 4 + tables, "{}: {runs} runs", subject.name);
         assert_eq!(at, len.next_multiple_of(cluster));
         guest.image.close().await.unwrap();
         subject.assert_clean(store.clone()).await;
@@ -217,7 +220,7 @@ fn backing_reference_is_rewritten_and_dropped() {
     each(async |subject, store| {
         let long = "l".repeat(1023);
         let names = ["a.img", "somewhat-longer.img", long.as_str(), "b", &"m".repeat(460), &"k".repeat(1000), "short"];
-        for (i, name) in names.iter().enumerate() {
+        for (i, name) in names.iter().enumerate().filter(|(_, name)| name.len() <= subject.longest_name()) {
             let image = subject.open(store.clone()).await.unwrap();
             let format = (i % 2 == 0).then_some(image::Format::Raw);
             let backing = BackingRef { name: (*name).to_owned(), format };

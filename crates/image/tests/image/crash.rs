@@ -2,7 +2,7 @@
 //! anybody, and shows for every sector what was flushed or something newer.
 
 use crate::guest::Guest;
-use crate::subject::{Subject, subjects};
+use crate::subject::{Subject, marking_subjects, subjects};
 use image::{BackingRef, Repair};
 use layout::{GuestOffset, GuestRange, HostOffset};
 use ring::Iov;
@@ -139,7 +139,8 @@ async fn assert_survived(subject: &Subject, image: Snapshot, ledger: &Ledger, ba
         (image.info().dirty, image.check(Repair::None).await.unwrap())
     };
     let (dirty, report) = looked_at;
-    assert!(dirty || report.is_clean(), "{what}: said to be clean, and is not: {report:#?}");
+    let sound = report.is_clean() || subject.may_leak() && report.corruptions == 0 && report.check_errors == 0;
+    assert!(dirty || sound, "{what}: said to be clean, and is not: {report:#?}");
     let image = subject.open(store.clone()).await.unwrap_or_else(|error| panic!("{what}: {error}"));
     assert!(ledger.sizes.contains(&image.size()), "{what}: size {}", image.size());
     assert!(ledger.backings.contains(&image.backing()), "{what}: backing file {:?}", image.backing());
@@ -149,7 +150,7 @@ async fn assert_survived(subject: &Subject, image: Snapshot, ledger: &Ledger, ba
     // It goes on from there.
     guest.write(SECTOR * 9, &sector_of(7)).await.unwrap();
     guest.image.close().await.unwrap();
-    subject.assert_clean(store).await;
+    subject.assert_clean_after_a_cut(store).await;
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -403,7 +404,7 @@ fn recovery_and_filling_of_holes_may_be_cut_anywhere() {
 
 #[test]
 fn a_check_that_repairs_may_be_cut_anywhere() {
-    for subject in subjects() {
+    for subject in marking_subjects() {
         Sim::new(4).block_on(async {
             let (start, all) = strewn(&subject).await;
             // The second cluster's entry leads to the first one's place: two owners, whose contents both must stay.
@@ -449,6 +450,10 @@ fn a_new_backing_reference_is_there_whole_or_not_at_all() {
         Sim::new(4).block_on(async {
             let store = MemoryStore::new("named.img", 0);
             subject.create(store.clone(), SIZE, steps[0].clone()).await;
+            let fits = |step: &&Option<BackingRef>| {
+                step.as_ref().is_none_or(|backing| backing.name.len() <= subject.longest_name())
+            };
+            let steps: Vec<_> = steps.iter().filter(fits).cloned().collect();
             for pair in steps.windows(2) {
                 let set = async |fault: Rc<FaultStore>| {
                     let image = subject.open(fault).await.unwrap();

@@ -47,7 +47,7 @@ impl Guest {
             let start = (run.start().get() - at) as usize;
             let part = all.slice(start..start + run.len() as usize);
             match mapped.mapping {
-                Mapping::Data(host) => self.image.store().read(host, part).await?,
+                Mapping::Data(host) | Mapping::Shared(host) => self.image.store().read(host, part).await?,
                 Mapping::Packed => self.image.unpack(run, part).await?,
                 Mapping::Zero => part.fill(0),
                 Mapping::Unallocated => part.write(0, &self.below(run)),
@@ -76,10 +76,7 @@ impl Guest {
             assert!(whole.is_aligned(cluster) && whole.contains(run.start()));
             let host = reservation.host().unwrap();
             let inside = GuestRange::between(whole.start(), whole.end().min(GuestOffset(self.image.size())));
-            let mut payload = match mapped.mapping {
-                Mapping::Zero => vec![0; whole.len() as usize],
-                _ => self.below(inside),
-            };
+            let mut payload = self.read(inside.start().get(), inside.len()).await?;
             payload.resize(whole.len() as usize, 0);
             let written = run.intersect(whole);
             let offset = (written.start() - whole.start()) as usize;

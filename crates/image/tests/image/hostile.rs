@@ -24,6 +24,7 @@ async fn sound() -> Rc<MemoryStore> {
         backing: None,
         cluster_size: Some(4096),
         table_size: Some(1),
+        qcow2: image::qcow2::Options::default(),
     };
     image::create::create(store.clone(), &options).await.unwrap();
     let guest = Guest::new(open(&store).await.unwrap(), &[]);

@@ -71,7 +71,7 @@ impl World {
             image::Format::Qed => {
                 image::qed::open_with_table_memory(store, OpenOptions::default(), table_memory).await.unwrap()
             }
-            _ => subject.open(store).await.unwrap(),
+            _ => image::qcow2::open_with_table_memory(store, OpenOptions::default(), table_memory).await.unwrap(),
         }
     }
 

@@ -34,6 +34,7 @@ fn bases() -> Vec<Vec<u8>> {
                 backing: (kind == 2).then(|| image::BackingRef { name: "b.img".into(), format: None }),
                 cluster_size: Some(4096),
                 table_size: Some(1 + u32::from(kind == 1)),
+                qcow2: image::qcow2::Options::default(),
             };
             image::create::create(store.clone(), &options).await.unwrap();
             let guest = Guest::new(image::open(store.clone(), Format::Qed, OpenOptions::default()).await.unwrap(), &[]);
@@ -217,7 +218,7 @@ async fn look(image: &Rc<dyn Image>) -> Vec<Seen> {
                 Seen::Damaged
             }
             Ok(mapped) => match mapped.mapping {
-                Mapping::Packed => panic!("QED packs nothing"),
+                Mapping::Packed | Mapping::Shared(_) => panic!("QED packs and shares nothing"),
                 Mapping::Unallocated => Seen::Unallocated,
                 Mapping::Zero => Seen::Zero,
                 Mapping::Data(host) => Seen::Data { at: host.get(), bytes: guest.read(at, range.len()).await.unwrap() },

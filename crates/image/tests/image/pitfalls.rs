@@ -3,7 +3,7 @@
 use crate::guest::Guest;
 use crate::subject::subjects;
 use image::{Keep, Purpose};
-use layout::{GuestOffset, GuestRange, HostOffset, HostRange};
+use layout::{GuestOffset, GuestRange, HostRange};
 use ring::sim::Sim;
 use store::Operation;
 use store::memory::MemoryStore;
@@ -15,12 +15,12 @@ use store::trace::{Moment, Trace, TraceStore};
 fn an_image_works_at_every_size_boundary() {
     for subject in subjects() {
         let cluster = subject.cluster_size.unwrap_or(65536);
-        let entries = cluster * u64::from(subject.table_size.unwrap_or(4)) / 8;
+        let entries = subject.entries();
         let table = cluster * entries;
         let most = (table * entries).min(64 << 40);
         let sizes =
             [512, cluster - 512, cluster, cluster + 512, table - 512, table, table + 512, 8 * table, most / 2, most];
-        for size in sizes.into_iter().filter(|size| *size <= most) {
+        for size in sizes.into_iter().filter(|size| (512..=most).contains(size)) {
             Sim::new(1).block_on(async {
                 let memory = MemoryStore::new("test.img", 0);
                 subject.create(memory.clone(), size, None).await;
@@ -78,7 +78,7 @@ fn guest_data_leaves_header_and_tables_alone() {
                 // Nobody wrote data here: every write is the image's own, to its header and its tables.
                 let began = trace.records().into_iter().filter(|r| r.moment == Moment::Started);
                 let own: Vec<_> = began.filter(|r| r.operation == Operation::Write).filter_map(|r| r.range).collect();
-                assert!(own.iter().any(|range| range.start() == HostOffset::ZERO) && own.len() > 5);
+                assert!(own.len() > 5);
                 assert!(data.len() > 50);
                 for range in own {
                     let met = data.iter().find(|data| data.overlaps(range));

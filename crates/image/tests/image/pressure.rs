@@ -120,8 +120,13 @@ fn an_image_on_a_device_finds_its_free_space_and_ends_cleanly_when_it_is_used_up
 /// Tables of 1 GiB cost what is touched of them.
 #[test]
 fn the_largest_geometry_stays_small() {
-    let subject =
-        Subject { name: "qed 64M/16", format: Format::Qed, cluster_size: Some(64 << 20), table_size: Some(16) };
+    let subject = Subject {
+        name: "qed 64M/16",
+        format: Format::Qed,
+        cluster_size: Some(64 << 20),
+        table_size: Some(16),
+        qcow2: image::qcow2::Options::default(),
+    };
     Sim::new(5).block_on(async {
         let store = MemoryStore::new("huge.img", 0);
         subject.create(store.clone(), 1 << 62, None).await;

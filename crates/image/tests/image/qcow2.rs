@@ -103,6 +103,177 @@ fn every_kind_of_image_reads_as_the_reference_reads_it() {
     }
 }
 
+/// Changes an image at random places as a guest would; `model` follows. A disk never writes over parts of a cluster side by
+/// side, nor does this.
+async fn live(guest: &Guest, model: &mut [u8], rounds: u64, seed: u64) {
+    let size = model.len() as u64;
+    let cluster = guest.image.cluster_size();
+    let mut state = seed;
+    let mut random = |below: u64| {
+        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        (state >> 33) % below
+    };
+    for round in 0..rounds {
+        let at = random(size / 512) * 512;
+        let len = (1 + random(100_000)).min(size - at);
+        if round % 4 == 3 {
+            let at = at / cluster * cluster;
+            let range = GuestRange::new(GuestOffset(at), (len.next_multiple_of(cluster)).min(size - at));
+            guest.image.write_zeroes(range, random(2) == 0, !guest.below.is_empty()).await.unwrap();
+            model[at as usize..][..range.len() as usize].fill(0);
+        } else {
+            let bytes: Vec<u8> = (0..len).map(|n| (n / 512 + round + seed) as u8).collect();
+            guest.write(at, &bytes).await.unwrap();
+            model[at as usize..][..bytes.len()].copy_from_slice(&bytes);
+        }
+        if round % 7 == 0 {
+            guest.image.commit().await.unwrap();
+        }
+        if round % 13 == 0 {
+            guest.image.settle().await.unwrap();
+        }
+    }
+}
+
+/// What the reference has made (plain, zero, packed, parts of clusters, snapshots) is written over, grown and given another
+/// backing file; the reference finds nothing wrong, and reads what was written. Then it writes, and is read.
+#[test]
+fn what_is_written_is_sound_for_the_reference() {
+    let Some(lab) = lab() else { return };
+    let folder = lab.path();
+    let below: Vec<u8> = (0..6_u32 << 20).map(|n| (n / 512 % 251 + 1) as u8).collect();
+    std::fs::write(folder.join("below.raw"), &below).unwrap();
+    for (number, kind) in KINDS.into_iter().enumerate() {
+        let (version_2, extended) = (kind.contains("0.10"), kind.contains("extended_l2"));
+        // A refcount of one bit counts no snapshots.
+        let snapshots = !kind.contains("refcount_bits=1");
+        let create = ["qemu-img", "create", "-q", "-f", "qcow2", "-o", kind];
+        ok(folder, &[&create[..], &["-b", "below.raw", "-F", "raw", "a.qcow2", "5243392"]].concat());
+        fill(folder, "a.qcow2", version_2, extended);
+        ok(folder, &["qemu-img", "convert", "-q", "-c", "-O", "qcow2", "-o", kind, "a.qcow2", "packed.qcow2"]);
+        for name in ["a.qcow2", "packed.qcow2"] {
+            let what = format!("{kind}, {name}");
+            ok(folder, &["qemu-img", "convert", "-q", "-O", "raw", name, "before.raw"]);
+            if snapshots {
+                ok(folder, &["qemu-img", "snapshot", "-c", "before", name]);
+            }
+            let mut model = std::fs::read(folder.join("before.raw")).unwrap();
+            let has_backing = name == "a.qcow2";
+            let store = MemoryStore::from_bytes("ours.qcow2", &std::fs::read(folder.join(name)).unwrap());
+            in_sim(async {
+                let image = image::open(store.clone(), Format::Qcow2, OpenOptions::default()).await.unwrap();
+                let guest = Guest::new(image, if has_backing { &below } else { &[] });
+                live(&guest, &mut model, 60, number as u64).await;
+                assert!(guest.read_all().await.unwrap() == model, "{what}");
+                guest.image.close().await.unwrap();
+            });
+            std::fs::write(folder.join(name), store.to_vec()).unwrap();
+            std::fs::write(folder.join("ours.raw"), &model).unwrap();
+            ok(folder, &["qemu-img", "check", "-q", name]);
+            ok(folder, &["qemu-img", "compare", "-q", "-f", "raw", "-F", "qcow2", "ours.raw", name]);
+            if snapshots {
+                let read = ["qemu-img", "convert", "-q", "-l", "before", "-O", "raw", name, "snapshot.raw"];
+                ok(folder, &read);
+                ok(folder, &["qemu-img", "compare", "-q", "-f", "raw", "-F", "raw", "before.raw", "snapshot.raw"]);
+                ok(folder, &["qemu-img", "snapshot", "-a", "before", name]);
+                ok(folder, &["qemu-img", "compare", "-q", "-f", "raw", "-F", "qcow2", "before.raw", name]);
+                ok(folder, &["qemu-img", "snapshot", "-d", "before", name]);
+                ok(folder, &["qemu-img", "check", "-q", name]);
+            }
+            // It goes on, larger, and on its own.
+            ok(folder, &["qemu-io", "-f", "qcow2", "-c", "write -P 77 100k 300k", name]);
+            let ours = MemoryStore::from_bytes("ours.qcow2", &std::fs::read(folder.join(name)).unwrap());
+            ok(folder, &["qemu-img", "convert", "-q", "-O", "raw", name, "now.raw"]);
+            let mut model = std::fs::read(folder.join("now.raw")).unwrap();
+            in_sim(async {
+                let image = image::open(ours.clone(), Format::Qcow2, OpenOptions::default()).await.unwrap();
+                let guest = Guest::new(image, if has_backing { &below } else { &[] });
+                assert!(guest.read_all().await.unwrap() == model, "{what}");
+                if has_backing {
+                    guest.populate(GuestRange::new(GuestOffset(0), model.len() as u64)).await.unwrap();
+                    let mut at = 0;
+                    while at < model.len() as u64 {
+                        // Parts of clusters are a disk's affair: here they are simply written.
+                        let run = GuestRange::new(GuestOffset(at), model.len() as u64 - at);
+                        let mapped = guest.mapping(run).await.unwrap();
+                        if mapped.mapping == Mapping::Unallocated {
+                            let bytes = model[at as usize..][..mapped.len as usize].to_vec();
+                            guest.write(at, &bytes).await.unwrap();
+                        }
+                        at += mapped.len;
+                    }
+                    guest.image.set_backing(None).await.unwrap();
+                }
+                let grown = model.len() + (33 << 20);
+                guest.image.resize(grown as u64).await.unwrap();
+                model.resize(grown, 0);
+                live(&guest, &mut model, 30, 5).await;
+                guest.image.close().await.unwrap();
+            });
+            std::fs::write(folder.join(name), ours.to_vec()).unwrap();
+            std::fs::write(folder.join("ours.raw"), &model).unwrap();
+            ok(folder, &["qemu-img", "check", "-q", name]);
+            ok(folder, &["qemu-img", "compare", "-q", "-f", "raw", "-F", "qcow2", "ours.raw", name]);
+        }
+    }
+}
+
+/// New images, in hundreds of geometries: the reference finds nothing wrong, writes, finds nothing wrong, and is read.
+#[test]
+fn new_images_are_the_references_too() {
+    let Some(lab) = lab() else { return };
+    let folder = lab.path();
+    let mut count = 0;
+    for version in [2, 3] {
+        for cluster_size in [512_u64, 4096, 65536, 2 << 20] {
+            for refcount_bits in [1_u32, 2, 4, 8, 16, 32, 64] {
+                for extended_l2 in [false, true] {
+                    for size in [0_u64, 512, 3 << 20, 300 << 20] {
+                        let qcow2 = image::qcow2::Options {
+                            version,
+                            refcount_bits,
+                            extended_l2,
+                            lazy_refcounts: version == 3 && count % 3 == 0,
+                            ..image::qcow2::Options::default()
+                        };
+                        let backing = (count % 2 == 0)
+                            .then(|| image::BackingRef { name: "below.raw".into(), format: Some(Format::Raw) });
+                        let options = image::create::CreateOptions {
+                            backing,
+                            cluster_size: Some(cluster_size),
+                            qcow2,
+                            ..image::create::CreateOptions::new(Format::Qcow2, size)
+                        };
+                        if image::create::validate(&options).is_err() {
+                            continue;
+                        }
+                        count += 1;
+                        let store = MemoryStore::new("new.qcow2", 0);
+                        in_sim(async { image::create::create(store.clone(), &options).await.unwrap() });
+                        std::fs::write(folder.join("new.qcow2"), store.to_vec()).unwrap();
+                        std::fs::write(folder.join("below.raw"), [3; 4096]).unwrap();
+                        let what = format!("{options:?}");
+                        let checked = crate::reference::tool(folder, &["qemu-img", "check", "-q", "new.qcow2"]);
+                        assert!(checked.status.success(), "{what}: {checked:?}");
+                        if size >= 3 << 20 && count % 4 == 0 {
+                            ok(folder, &["qemu-io", "-f", "qcow2", "-c", "write -P 9 1M 700k", "new.qcow2"]);
+                            ok(folder, &["qemu-img", "check", "-q", "new.qcow2"]);
+                            in_sim(async {
+                                let image = open(&std::fs::read(folder.join("new.qcow2")).unwrap()).await.unwrap();
+                                let below = if options.backing.is_some() { vec![3; 4096] } else { Vec::new() };
+                                let guest = Guest::new(image, &below);
+                                assert_eq!(guest.read(1 << 20, 5).await.unwrap(), [9; 5], "{what}");
+                                assert_eq!(guest.read(0, 1).await.unwrap()[0] == 3, !below.is_empty(), "{what}");
+                            });
+                        }
+                    }
+                }
+            }
+        }
+    }
+    assert!(count > 150, "{count} images");
+}
+
 #[test]
 fn long_runs_are_answered_as_one() {
     let Some(lab) = lab() else { return };
@@ -127,9 +298,6 @@ fn what_is_not_served_is_named() {
     in_sim(async {
         let error = open(&bytes("external.qcow2")).await.map(drop).unwrap_err();
         assert!(error.kind() == ErrorKind::Unsupported && error.to_string().contains("file of their own"), "{error}");
-        let store = MemoryStore::from_bytes("plain.qcow2", &bytes("plain.qcow2"));
-        let error = image::open(store, Format::Qcow2, OpenOptions::default()).await.map(drop).unwrap_err();
-        assert!(error.kind() == ErrorKind::ReadOnly && error.to_string().contains("overlay"), "{error}");
         let mut damaged = bytes("plain.qcow2");
         damaged[79] = 0x40;
         let error = open(&damaged).await.map(drop).unwrap_err();

@@ -78,6 +78,7 @@ fn creating_gives_a_length_and_refuses_what_raw_has_not() {
             backing: None,
             cluster_size: None,
             table_size: None,
+            qcow2: image::qcow2::Options::default(),
         };
         image::create::create(store.clone(), &plain).await.unwrap();
         assert_eq!(store.to_vec(), vec![0; 1024]);

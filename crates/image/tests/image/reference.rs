@@ -25,7 +25,7 @@ pub(crate) fn lab() -> Option<TempDir> {
     Some(tempfile::tempdir().unwrap())
 }
 
-fn tool(folder: &Path, line: &[&str]) -> Output {
+pub(crate) fn tool(folder: &Path, line: &[&str]) -> Output {
     let output = Command::new(line[0]).args(&line[1..]).current_dir(folder).output().unwrap();
     if std::env::var_os("SHOW_TOOLS").is_some() {
         eprintln!("{line:?}: {}{}", String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
@@ -60,7 +60,13 @@ const SHARED: [(u64, u32); 9] =
     [(4096, 2), (4096, 4), (4096, 16), (8192, 8), (65536, 2), (65536, 4), (65536, 16), (1 << 20, 4), (2 << 20, 2)];
 
 fn subject(cluster_size: u64, table_size: u32) -> Subject {
-    Subject { name: "qed", format: Format::Qed, cluster_size: Some(cluster_size), table_size: Some(table_size) }
+    Subject {
+        name: "qed",
+        format: Format::Qed,
+        cluster_size: Some(cluster_size),
+        table_size: Some(table_size),
+        qcow2: image::qcow2::Options::default(),
+    }
 }
 
 #[test]
@@ -95,6 +101,7 @@ fn new_images_equal_the_reference_tools_byte_for_byte() {
                 backing: backing.clone(),
                 cluster_size: Some(cluster),
                 table_size: Some(table),
+                qcow2: image::qcow2::Options::default(),
             };
             image::create::create(store.clone(), &options).await.unwrap();
             store.to_vec()
@@ -205,7 +212,7 @@ fn what_we_write_they_accept_read_and_map_alike() {
             match mapping {
                 Mapping::Data(_) => assert!(here && line.contains("\"data\": true"), "{at}: {line}"),
                 Mapping::Zero => assert!(here && line.contains("\"zero\": true"), "{at}: {line}"),
-                Mapping::Packed => panic!("QED packs nothing"),
+                Mapping::Packed | Mapping::Shared(_) => panic!("QED packs and shares nothing"),
                 Mapping::Unallocated => assert!(!here, "{at}: {line}"),
             }
         }

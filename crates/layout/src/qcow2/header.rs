@@ -14,7 +14,13 @@ const V2_BYTES: usize = 72;
 const V3_BYTES: usize = 104;
 
 /// Largest L1 table, bytes; as QEMU has it.
-const MAX_L1_BYTES: u64 = 32 << 20;
+pub(super) const MAX_L1_BYTES: u64 = 32 << 20;
+
+/// Largest refcount table, bytes; as QEMU has it.
+const MAX_REFCOUNT_TABLE_BYTES: u64 = 8 << 20;
+
+/// Most internal snapshots; as QEMU has it.
+const MAX_SNAPSHOTS: u32 = 65536;
 
 /// Largest disk, bytes.
 const MAX_SIZE: u64 = i64::MAX as u64 & !511;
@@ -23,7 +29,7 @@ bitflags::bitflags! {
     /// Features a program must know to open the image.
     #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
     pub struct Features: u64 {
-        /// Refcounts may be inconsistent. Of no concern to a reader.
+        /// Refcounts may be inconsistent: they are repaired before anything is written. Of no concern to a reader.
         const DIRTY = 0x1;
         /// Something in the image is corrupt: it must not be written to.
         const CORRUPT = 0x2;
@@ -35,6 +41,15 @@ bitflags::bitflags! {
         const EXTENDED_L2 = 0x10;
     }
 }
+
+/// Autoclear feature: the bitmaps extension is consistent with the image.
+pub const AUTOCLEAR_BITMAPS: u64 = 1;
+
+/// Autoclear feature: the external data file is a raw image by itself.
+pub const AUTOCLEAR_DATA_FILE_RAW: u64 = 2;
+
+/// Compatible feature: refcounts may be written late, under [`Features::DIRTY`].
+pub const COMPATIBLE_LAZY_REFCOUNTS: u64 = 1;
 
 /// How clusters are packed.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
@@ -61,8 +76,20 @@ pub struct Header {
     pub l1_table: HostOffset,
     /// Where the backing file's name lies, if there is one.
     pub backing_name: Option<HostRange>,
+    /// Where the refcount table begins.
+    pub refcount_table: HostOffset,
+    /// Clusters of the refcount table.
+    pub refcount_table_clusters: u32,
+    /// log2 of the bits of a refcount: 0 to 6.
+    pub refcount_order: u32,
+    /// Internal snapshots.
+    pub snapshots: u32,
+    /// Where their table begins.
+    pub snapshot_table: HostOffset,
     /// What must be known to open the image.
     pub features: Features,
+    /// What may be ignored.
+    pub compatible_features: u64,
     /// What a writer that does not know it must clear.
     pub autoclear_features: u64,
     /// How clusters are packed.
@@ -142,7 +169,13 @@ impl Header {
             l1_entries: u32_at(bytes, 36),
             l1_table: HostOffset(u64_at(bytes, 40)),
             backing_name: backing_name(bytes, cluster_bits)?,
+            refcount_table: HostOffset(u64_at(bytes, 48)),
+            refcount_table_clusters: u32_at(bytes, 56),
+            refcount_order,
+            snapshots: u32_at(bytes, 60),
+            snapshot_table: HostOffset(u64_at(bytes, 64)),
             features,
+            compatible_features: if version == 3 { u64_at(bytes, 80) } else { 0 },
             autoclear_features: if version == 3 { u64_at(bytes, 88) } else { 0 },
             compression,
             header_bytes,
@@ -167,7 +200,84 @@ impl Header {
         if bytes > 0 && (!self.l1_table.is_aligned(self.cluster_size()) || at == 0 || at.checked_add(bytes).is_none()) {
             return fail("l1_table_offset", 40, at, "no place for a table");
         }
+        if self.refcount_table_bytes() > MAX_REFCOUNT_TABLE_BYTES.max(self.cluster_size()) {
+            let why = "a refcount table of more than 8 MiB";
+            return fail("refcount_table_clusters", 56, self.refcount_table_clusters.into(), why);
+        }
+        let at = self.refcount_table.get();
+        if !self.refcount_table.is_aligned(self.cluster_size()) || at.checked_add(MAX_REFCOUNT_TABLE_BYTES).is_none() {
+            return fail("refcount_table_offset", 48, at, "no place for a table");
+        }
+        if self.snapshots > MAX_SNAPSHOTS {
+            return fail("nb_snapshots", 60, self.snapshots.into(), "more than 65536");
+        }
+        let at = self.snapshot_table.get();
+        if self.snapshots > 0 && (!self.snapshot_table.is_aligned(self.cluster_size()) || at == 0) {
+            return fail("snapshots_offset", 64, at, "no place for a table");
+        }
         Ok(())
+    }
+
+    /// Writes every field over a header's bytes (as long as [`Header::header_bytes`] says, at least). What is not known stays.
+    pub fn encode_over(&self, bytes: &mut [u8]) {
+        let mut put = |at: usize, value: &[u8]| {
+            if let Some(place) = bytes.get_mut(at..at + value.len()) {
+                place.copy_from_slice(value);
+            }
+        };
+        put(0, &MAGIC);
+        put(4, &self.version.to_be_bytes());
+        put(8, &self.backing_name.map_or(0, |name| name.start().get()).to_be_bytes());
+        put(16, &self.backing_name.map_or(0, |name| name.len() as u32).to_be_bytes());
+        put(20, &self.cluster_bits.to_be_bytes());
+        put(24, &self.size.to_be_bytes());
+        put(32, &0_u32.to_be_bytes());
+        put(36, &self.l1_entries.to_be_bytes());
+        put(40, &self.l1_table.get().to_be_bytes());
+        put(48, &self.refcount_table.get().to_be_bytes());
+        put(56, &self.refcount_table_clusters.to_be_bytes());
+        put(60, &self.snapshots.to_be_bytes());
+        put(64, &self.snapshot_table.get().to_be_bytes());
+        if self.version >= 3 {
+            put(72, &self.features.bits().to_be_bytes());
+            put(80, &self.compatible_features.to_be_bytes());
+            put(88, &self.autoclear_features.to_be_bytes());
+            put(96, &self.refcount_order.to_be_bytes());
+            put(100, &self.header_bytes.to_be_bytes());
+            if self.header_bytes > 104 {
+                put(104, &[u8::from(self.compression == Compression::Zstd)]);
+            }
+        }
+    }
+
+    /// Checks what [`Header::decode`] would, of a header that was made by other means.
+    pub fn validate(&self) -> Result<(), Error> {
+        self.check()
+    }
+
+    /// Where the L1 table lies.
+    pub fn l1_range(&self) -> HostRange {
+        self.l1_table.range(u64::from(self.l1_entries) * 8)
+    }
+
+    /// Bytes of the refcount table.
+    pub fn refcount_table_bytes(&self) -> u64 {
+        u64::from(self.refcount_table_clusters) << self.cluster_bits
+    }
+
+    /// Refcounts in a refcount block, which fills a cluster.
+    pub fn refcounts_per_block(&self) -> u64 {
+        (self.cluster_size() * 8) >> self.refcount_order
+    }
+
+    /// The L1 entries that a disk of `size` bytes needs.
+    pub fn l1_entries_for(&self, size: u64) -> u64 {
+        size.div_ceil(self.table_reach())
+    }
+
+    /// The largest disk that an L1 table can map.
+    pub fn max_size(&self) -> u64 {
+        (MAX_L1_BYTES / 8).saturating_mul(self.table_reach()).min(MAX_SIZE)
     }
 
     /// Checks what only the file's length can tell.
@@ -217,35 +327,77 @@ fn backing_name(bytes: &[u8], cluster_bits: u32) -> Result<Option<HostRange>, Er
     Ok(Some(HostRange::new(HostOffset(offset), len.into())))
 }
 
-/// What the header's extensions say.
+/// A header extension.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Extension {
+    /// Its type.
+    pub kind: u32,
+    /// Its data, without padding.
+    pub data: Vec<u8>,
+}
+
+impl Extension {
+    /// Nothing follows.
+    pub const END: u32 = 0;
+    /// The backing file's format.
+    pub const BACKING_FORMAT: u32 = 0xe279_2aca;
+    /// Names of feature bits, for messages.
+    pub const FEATURE_NAMES: u32 = 0x6803_f857;
+    /// Where bitmaps are.
+    pub const BITMAPS: u32 = 0x2385_2875;
+
+    /// Its bytes, padded.
+    pub fn encode(&self) -> Vec<u8> {
+        let mut bytes = Vec::with_capacity(8 + self.data.len().next_multiple_of(8));
+        bytes.extend(self.kind.to_be_bytes());
+        bytes.extend((self.data.len() as u32).to_be_bytes());
+        bytes.extend(&self.data);
+        bytes.resize(8 + self.data.len().next_multiple_of(8), 0);
+        bytes
+    }
+}
+
+/// The header's extensions, in order, without the one that ends them. Those that are not known are kept like the others.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Extensions {
-    /// The backing file's format, as its name.
-    pub backing_format: Option<String>,
+    /// All of them.
+    pub all: Vec<Extension>,
 }
 
 impl Extensions {
-    /// From the bytes behind the header, up to the backing file's name or the end of the first cluster. Extensions that are
-    /// not known are passed over.
+    /// From the bytes behind the header, up to the backing file's name or the end of the first cluster.
     pub fn decode(bytes: &[u8], base: u64) -> Result<Self, Error> {
-        const END: u32 = 0;
-        const BACKING_FORMAT: u32 = 0xe279_2aca;
         let mut found = Self::default();
         let mut at = 0;
         while let (Some(_), kind, len) = (bytes.get(at..at + 8), u32_at(bytes, at), u32_at(bytes, at + 4) as usize) {
-            if kind == END {
+            if kind == Extension::END {
                 break;
             }
             let Some(data) = bytes.get(at + 8..).and_then(|rest| rest.get(..len)) else {
                 let why = "a header extension reaches past the first cluster";
                 return Err(Error::new(ErrorKind::Invalid, "extension length", base + at as u64 + 4, len as u64, why));
             };
-            if kind == BACKING_FORMAT {
-                found.backing_format = Some(String::from_utf8_lossy(data).into_owned());
-            }
+            found.all.push(Extension { kind, data: data.to_vec() });
             at += 8 + len.next_multiple_of(8);
         }
         Ok(found)
+    }
+
+    /// The data of the first one of this kind.
+    pub fn get(&self, kind: u32) -> Option<&[u8]> {
+        self.all.iter().find(|extension| extension.kind == kind).map(|extension| &*extension.data)
+    }
+
+    /// The backing file's format, as its name.
+    pub fn backing_format(&self) -> Option<String> {
+        self.get(Extension::BACKING_FORMAT).map(|name| String::from_utf8_lossy(name).into_owned())
+    }
+
+    /// Their bytes, with the end that closes them.
+    pub fn encode(&self) -> Vec<u8> {
+        let mut bytes: Vec<u8> = self.all.iter().flat_map(Extension::encode).collect();
+        bytes.extend([0; 8]);
+        bytes
     }
 }
 
@@ -262,6 +414,8 @@ mod tests {
         put(24, &(1_u64 << 30).to_be_bytes());
         put(36, &2_u32.to_be_bytes());
         put(40, &0x30000_u64.to_be_bytes());
+        put(48, &0x10000_u64.to_be_bytes());
+        put(56, &1_u32.to_be_bytes());
         put(96, &4_u32.to_be_bytes());
         put(100, &112_u32.to_be_bytes());
         bytes
@@ -277,7 +431,7 @@ mod tests {
 
     #[test]
     fn every_bad_field_is_named() {
-        let cases: [(usize, &[u8], &str); 15] = [
+        let cases: [(usize, &[u8], &str); 19] = [
             (0, b"QED\0", "magic"),
             (4, &4_u32.to_be_bytes(), "version"),
             (8, &600_u64.to_be_bytes(), "backing_file_size"),
@@ -289,6 +443,10 @@ mod tests {
             (36, &u32::MAX.to_be_bytes(), "l1_size"),
             (40, &0x30001_u64.to_be_bytes(), "l1_table_offset"),
             (40, &0_u64.to_be_bytes(), "l1_table_offset"),
+            (48, &0x10001_u64.to_be_bytes(), "refcount_table_offset"),
+            (56, &u32::MAX.to_be_bytes(), "refcount_table_clusters"),
+            (60, &u32::MAX.to_be_bytes(), "nb_snapshots"),
+            (60, &1_u32.to_be_bytes(), "snapshots_offset"),
             (72, &0x20_u64.to_be_bytes(), "incompatible_features"),
             (96, &7_u32.to_be_bytes(), "refcount_order"),
             (100, &90_u32.to_be_bytes(), "header_length"),
@@ -303,6 +461,17 @@ mod tests {
         let mut bytes = sample();
         bytes[79] = 0x20;
         assert!(Header::decode(&bytes).unwrap_err().to_string().contains("bit 5"));
+    }
+
+    #[test]
+    fn what_is_written_is_what_was_read() {
+        let mut bytes = sample();
+        bytes[300] = 7;
+        let header = Header::decode(&bytes).unwrap();
+        let mut again = bytes.clone();
+        again[..112].fill(0);
+        header.encode_over(&mut again);
+        assert_eq!(again, bytes);
     }
 
     #[test]
@@ -329,7 +498,9 @@ mod tests {
         put(0x1234_5678, b"whatever");
         put(0xe279_2aca, b"raw");
         put(0, b"");
-        assert_eq!(Extensions::decode(&bytes, 112).unwrap().backing_format.as_deref(), Some("raw"));
+        let found = Extensions::decode(&bytes, 112).unwrap();
+        assert_eq!(found.backing_format().as_deref(), Some("raw"));
+        assert_eq!(found.encode(), bytes);
         bytes[4..8].copy_from_slice(&u32::MAX.to_be_bytes());
         assert!(Extensions::decode(&bytes, 112).is_err());
         assert_eq!(Extensions::decode(&[1, 2, 3], 112), Ok(Extensions::default()));

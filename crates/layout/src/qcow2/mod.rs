@@ -1,15 +1,23 @@
 //! QCOW2, versions 2 and 3, as its specification (QEMU's `docs/interop/qcow2.rst`) lays it out on disk.
 //!
 //! * [`header`]: the header and its extensions, decoded only when every field makes sense;
-//! * [`table`]: L1 and L2 entries, decoded one by one.
+//! * [`table`]: L1 and L2 entries, decoded one by one;
+//! * [`refcount`]: numbers of any width in refcount blocks;
+//! * [`snapshot`], [`bitmap`]: the directories of internal snapshots and of persistent bitmaps.
 //!
-//! All numbers are big-endian. So far for reading: refcounts, snapshots and bitmaps are not looked at.
+//! All numbers are big-endian.
 //!
 //! **Invariant.** A [`Header`] that exists is valid: whoever holds one may compute with it without overflow.
 
+pub mod bitmap;
 pub mod header;
+pub mod refcount;
+pub mod snapshot;
 pub mod table;
 
 pub use crate::field::{Error, ErrorKind};
-pub use header::{Compression, Extensions, Features, Header, MAGIC, MAX_BACKING_NAME};
-pub use table::{EntryError, L1Entry, L2Entry, Packed, SubclusterMap};
+pub use header::{
+    AUTOCLEAR_BITMAPS, COMPATIBLE_LAZY_REFCOUNTS, Compression, Extension, Extensions, Features, Header, MAGIC,
+    MAX_BACKING_NAME,
+};
+pub use table::{COPIED, EntryError, L1Entry, L2Entry, OFFSET, Packed, Slice, SubclusterMap, is_own};

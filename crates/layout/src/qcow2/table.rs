@@ -3,10 +3,12 @@
 //! An L2 entry is one of six things ([`L2Entry`]); nobody looks at its bits twice.
 
 use super::Header;
-use crate::HostOffset;
+use crate::{HostOffset, HostRange};
 
 /// Bits of an entry that hold an offset into the file.
-const OFFSET: u64 = 0x00ff_ffff_ffff_fe00;
+pub const OFFSET: u64 = 0x00ff_ffff_ffff_fe00;
+/// The table or cluster is referred to by this entry alone: it may be changed where it is.
+pub const COPIED: u64 = 1 << 63;
 /// The cluster is packed.
 const COMPRESSED: u64 = 1 << 62;
 /// The cluster reads as zeros (version 3, without subclusters).
@@ -43,6 +45,11 @@ impl L1Entry {
     }
 }
 
+/// The table that an L1 entry leads to belongs to this entry alone.
+pub const fn is_own(raw: u64) -> bool {
+    raw & COPIED != 0
+}
+
 /// Where a packed cluster lies. It begins at any byte.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Packed {
@@ -50,6 +57,20 @@ pub struct Packed {
     pub at: HostOffset,
     /// At most so many bytes: its last sector may hold the next one's first.
     pub len: u64,
+}
+
+impl Packed {
+    /// The clusters that it has a share of.
+    pub fn clusters(self, cluster_size: u64) -> HostRange {
+        self.at.range(self.len).align_outward(cluster_size)
+    }
+
+    /// Its entry; `len` is at most some clusters.
+    pub fn encode(self, cluster_bits: u32) -> u64 {
+        let offset_bits = 62 - (cluster_bits - 8);
+        let sectors = (self.at.get() % 512 + self.len).div_ceil(512);
+        COMPRESSED | (sectors.saturating_sub(1) << offset_bits) | self.at.get()
+    }
 }
 
 /// Which of a cluster's 32 subclusters are stored, and which are zeros; the others are unallocated. Never both.
@@ -79,6 +100,31 @@ pub enum L2Entry {
 }
 
 impl L2Entry {
+    /// What an entry for whole clusters looks like that this program makes: both words.
+    pub fn encode_whole(self, header: &Header) -> (u64, u64) {
+        let extended = header.l2_entry_bytes() == 16;
+        match (self, extended) {
+            (Self::Zero, false) => (ZERO, 0),
+            (Self::Zero, true) => (0, u64::from(u32::MAX) << 32),
+            (Self::Data(at), false) => (at.get() | COPIED, 0),
+            (Self::Data(at), true) => (at.get() | COPIED, u32::MAX.into()),
+            _ => (0, 0),
+        }
+    }
+
+    /// The clusters that an entry holds a reference to, whatever it says of them. Not checked.
+    pub fn referred(raw: u64, header: &Header) -> HostRange {
+        let cluster = header.cluster_size();
+        if raw & COMPRESSED != 0 {
+            let Ok(Self::Packed(packed)) = Self::decode(raw, 0, header) else { return HostRange::default() };
+            return packed.clusters(cluster);
+        }
+        match raw & OFFSET {
+            0 => HostRange::default(),
+            at => HostOffset(at).align_down(cluster).range(cluster),
+        }
+    }
+
     /// Of an image with this header; `extended` is the second half of an entry with subclusters.
     pub fn decode(raw: u64, extended: u64, header: &Header) -> Result<Self, EntryError> {
         let has_subclusters = header.l2_entry_bytes() == 16;
@@ -115,6 +161,49 @@ impl L2Entry {
     }
 }
 
+/// Consecutive entries of a table, as numbers (two each where entries have subclusters).
+#[derive(Clone, PartialEq, Eq)]
+pub struct Slice {
+    words: Box<[u64]>,
+}
+
+impl Slice {
+    /// All entries 0.
+    pub fn zeroed(words: usize) -> Self {
+        Self { words: vec![0; words].into() }
+    }
+
+    /// From its bytes on disk.
+    pub fn decode(bytes: &[u8]) -> Self {
+        Self { words: bytes.as_chunks().0.iter().map(|word| u64::from_be_bytes(*word)).collect() }
+    }
+
+    /// Its bytes on disk.
+    pub fn encode(&self) -> Vec<u8> {
+        self.words.iter().flat_map(|word| word.to_be_bytes()).collect()
+    }
+
+    /// The numbers.
+    #[inline]
+    pub fn raw(&self) -> &[u64] {
+        &self.words
+    }
+
+    /// Sets a number that is there.
+    #[inline]
+    pub fn set(&mut self, index: usize, raw: u64) {
+        if let Some(word) = self.words.get_mut(index) {
+            *word = raw;
+        }
+    }
+}
+
+impl std::fmt::Debug for Slice {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Slice({} words in use)", self.words.iter().filter(|word| **word != 0).count())
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -128,7 +217,13 @@ mod tests {
             l1_entries: 2,
             l1_table: HostOffset(0x30000),
             backing_name: None,
+            refcount_table: HostOffset(0x10000),
+            refcount_table_clusters: 1,
+            refcount_order: 4,
+            snapshots: 0,
+            snapshot_table: HostOffset::ZERO,
             features,
+            compatible_features: 0,
             autoclear_features: 0,
             compression: Compression::Deflate,
             header_bytes: 112,
@@ -152,6 +247,21 @@ mod tests {
             Ok(L2Entry::Unallocated),
             "no zeros in version 2"
         );
+    }
+
+    #[test]
+    fn packed_entries_say_which_clusters_they_share() {
+        let plain = header(3, Features::empty());
+        for (at, len) in [(0x51234, 1000), (0x5fe00, 512), (0x5fe01, 600), (0x50000, 65536)] {
+            let packed = Packed { at: HostOffset(at), len };
+            let raw = packed.encode(16);
+            let Ok(L2Entry::Packed(read)) = L2Entry::decode(raw, 0, &plain) else { panic!("{raw:#x}") };
+            assert!(read.at == packed.at && read.len >= len && read.len < len + 512, "{read:?} for {packed:?}");
+            assert_eq!(L2Entry::referred(raw, &plain), read.clusters(65536));
+        }
+        assert_eq!(Packed { at: HostOffset(0x5fe01), len: 600 }.clusters(65536).len(), 2 << 16);
+        assert_eq!(L2Entry::referred(COPIED | 0x50001, &plain), HostOffset(0x50000).range(65536));
+        assert!(L2Entry::referred(1, &plain).is_empty());
     }
 
     #[test]
