@@ -2,13 +2,13 @@
 
 use crate::content::SECTOR;
 use crate::dice::Dice;
-use image::Format;
+use image::{Format, qcow2};
 use job::OnError;
 use std::fmt;
 use std::time::Duration;
 
 /// Formats that are written to. A new format adds itself here and is simulated from then on.
-pub(crate) const TOPS: [Format; 1] = [Format::Qed];
+pub(crate) const TOPS: [Format; 2] = [Format::Qed, Format::Qcow2];
 
 /// One image of the chain.
 #[derive(Clone, Debug)]
@@ -18,6 +18,16 @@ pub(crate) struct LayerShape {
     pub(crate) size: u64,
     pub(crate) cluster_size: u64,
     pub(crate) table_size: u32,
+    pub(crate) qcow2: qcow2::Options,
+    /// Made byte by byte, with kinds of clusters that nobody here writes.
+    pub(crate) by_hand: bool,
+}
+
+impl LayerShape {
+    /// Whether a power cut may leave clusters that are counted and not used.
+    pub(crate) fn may_leak(&self) -> bool {
+        self.format == Format::Qcow2
+    }
 }
 
 /// The chain and the disk over it.
@@ -157,7 +167,10 @@ impl Plan {
 
 fn shape(dice: &Dice) -> Shape {
     let format = dice.pick(&TOPS);
-    let cluster_size = dice.pick(&[4096, 4096, 4096, 8192, 16384, 65536]);
+    let cluster_size = match format {
+        Format::Qcow2 => dice.pick(&[512, 512, 1024, 4096, 4096, 16384, 65536]),
+        _ => dice.pick(&[4096, 4096, 4096, 8192, 16384, 65536]),
+    };
     let table_size = dice.pick(&[1, 1, 2, 4]);
     let sectors = cluster_size / SECTOR;
     // Most disks are small, so that requests meet; some reach over several L2 tables.
@@ -179,19 +192,34 @@ fn shape(dice: &Dice) -> Shape {
             4 => (size / 2).max(1),
             _ => dice.between(1, 2 * size),
         };
-        let format = match dice.below(10) {
-            0..5 if layer == 0 => Format::Raw,
-            5..8 if layer == 0 => Format::Qcow2,
-            _ => dice.pick(&TOPS),
+        let (format, by_hand) = match dice.below(10) {
+            0..5 if layer == 0 => (Format::Raw, false),
+            5..8 if layer == 0 => (Format::Qcow2, true),
+            _ => (dice.pick(&TOPS), false),
         };
         let cluster_size = match format {
             Format::Qcow2 => dice.pick(&[512, 4096, 16384, 65536]),
             _ => dice.pick(&[4096, 4096, 8192, 65536]),
         };
-        layers.push(LayerShape { format, size, cluster_size, table_size: dice.pick(&[1, 2, 4]) });
+        let qcow2 = qcow2_options(dice, cluster_size);
+        layers.push(LayerShape { format, size, cluster_size, table_size: dice.pick(&[1, 2, 4]), qcow2, by_hand });
     }
-    layers.push(LayerShape { format, size, cluster_size, table_size });
+    let qcow2 = qcow2_options(dice, cluster_size);
+    layers.push(LayerShape { format, size, cluster_size, table_size, qcow2, by_hand: false });
     Shape { layers, copy_on_read: dice.percent(60), write_through: dice.percent(10), discard: dice.percent(90) }
+}
+
+fn qcow2_options(dice: &Dice, cluster_size: u64) -> qcow2::Options {
+    let plain = qcow2::Options::default();
+    if dice.percent(20) {
+        return qcow2::Options { version: 2, ..plain };
+    }
+    qcow2::Options {
+        refcount_bits: dice.pick(&[1, 2, 8, 16, 16, 16, 64]),
+        lazy_refcounts: dice.percent(20),
+        extended_l2: cluster_size >= 16384 && dice.percent(40),
+        ..plain
+    }
 }
 
 fn phase(dice: &Dice, shape: &Shape, size: &mut u64) -> Phase {
@@ -260,8 +288,8 @@ impl fmt::Display for Plan {
             let name = self.shape.name(number);
             writeln!(
                 f,
-                "{name}: {}, {} sectors, clusters of {} bytes, tables of {}",
-                layer.format, layer.size, layer.cluster_size, layer.table_size
+                "{name}: {}, {} sectors, clusters of {} bytes, tables of {}, {:?}",
+                layer.format, layer.size, layer.cluster_size, layer.table_size, layer.qcow2
             )?;
         }
         let Shape { copy_on_read, write_through, discard, .. } = &self.shape;

@@ -54,7 +54,7 @@ impl World {
         let mut below: Vec<Value> = Vec::new();
         for (number, layer) in shape.layers.iter().enumerate() {
             let name = shape.name(number);
-            if layer.format == Format::Qcow2 {
+            if layer.by_hand {
                 below = world.patches(layer.size);
                 let bytes = qcow2(&below, layer.cluster_size.trailing_zeros(), &world.dice);
                 let bytes = MemoryStore::from_bytes(&name, &bytes);
@@ -74,7 +74,7 @@ impl World {
                 backing,
                 cluster_size: (!is_raw).then_some(layer.cluster_size),
                 table_size: (layer.format == Format::Qed).then_some(layer.table_size),
-                qcow2: image::qcow2::Options::default(),
+                qcow2: layer.qcow2,
             };
             create(bytes.clone(), &options).await?;
             world.files.borrow_mut().insert(name.clone(), File { bytes, format: layer.format });
