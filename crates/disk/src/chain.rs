@@ -36,6 +36,8 @@ pub struct ChainOptions {
     pub node: Option<String>,
     /// Only the top: its backing reference is left unopened (`info`, `check`).
     pub no_backing: bool,
+    /// Only so many layers, from the top; what lies below them is left unopened (to be written to, `commit`).
+    pub layers: Option<usize>,
     /// The top is opened for a check (see [`image::OpenOptions::for_check`]).
     pub for_check: bool,
 }
@@ -125,6 +127,9 @@ async fn open_layers(opener: &dyn Opener, name: &str, options: &ChainOptions, la
     let below_options = OpenOptions { read_only: true, for_check: false };
     while let Some(above) = layers.last().map(|layer| Rc::clone(&layer.image)) {
         let Some(backing) = above.backing() else { return Ok(()) };
+        if options.layers.is_some_and(|most| layers.len() >= most) {
+            return Ok(());
+        }
         let referrer = above.store().name();
         let refuse = |what: String| Error::new(ErrorKind::Chain, referrer, None, what);
         if backing.format.is_none() && !above.may_probe_backing() {

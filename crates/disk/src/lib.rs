@@ -74,6 +74,8 @@ pub struct Status {
     pub allocated: bool,
     /// Index of the layer that decides, 0 the top; of the last one that reaches so far if none does.
     pub depth: usize,
+    /// The bytes are stored packed.
+    pub compressed: bool,
     /// The place in that layer's store (of a raw file's holes too).
     pub host: Option<layout::HostOffset>,
 }

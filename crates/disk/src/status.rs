@@ -26,7 +26,10 @@ impl Inner {
                 (None, None) => true,
                 _ => false,
             };
-            if !goes_on || (all.zero, all.allocated, all.depth) != (next.zero, next.allocated, next.depth) {
+            if !goes_on
+                || (all.zero, all.allocated, all.depth, all.compressed)
+                    != (next.zero, next.allocated, next.depth, next.compressed)
+            {
                 break;
             }
             all.len += next.len;
@@ -38,17 +41,16 @@ impl Inner {
         let view = self.view();
         let run = view.resolve(0, view.depth(), range).await?;
         let len = run.len;
+        let plain = |len, allocated, depth| Status { len, zero: true, allocated, depth, compressed: false, host: None };
         Ok(match run.found {
             Found::Data(depth, host) => {
                 let (len, backing) = view.stored(depth, host, len).await?;
-                Status { len, zero: backing == Backing::Hole, allocated: true, depth, host: Some(host) }
+                Status { zero: backing == Backing::Hole, host: Some(host), ..plain(len, true, depth) }
             }
-            Found::Packed(depth) => Status { len, zero: false, allocated: true, depth, host: None },
-            Found::Zero(depth) => Status { len, zero: true, allocated: true, depth, host: None },
-            Found::PastEnd(ended) => {
-                Status { len, zero: true, allocated: false, depth: ended.saturating_sub(1), host: None }
-            }
-            Found::Nothing => Status { len, zero: true, allocated: false, depth: view.depth() - 1, host: None },
+            Found::Packed(depth) => Status { compressed: true, zero: false, ..plain(len, true, depth) },
+            Found::Zero(depth) => plain(len, true, depth),
+            Found::PastEnd(ended) => plain(len, false, ended.saturating_sub(1)),
+            Found::Nothing => plain(len, false, view.depth() - 1),
         })
     }
 }

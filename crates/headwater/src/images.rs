@@ -20,7 +20,7 @@ pub(crate) enum Output {
 /// Reads a format's name as users write it.
 pub(crate) fn format_named(name: &str) -> Result<Format, String> {
     Format::from_name(name)
-        .ok_or_else(|| format!("Unknown file format '{name}' (this Headwater knows raw, qed and, for reading, qcow2)"))
+        .ok_or_else(|| format!("Unknown file format '{name}' (this Headwater knows raw, qed and qcow2)"))
 }
 
 /// Runs `work` to its end on a ring made for it.
@@ -35,19 +35,24 @@ pub(crate) struct Look {
     pub(crate) format: Option<Format>,
     pub(crate) force_share: bool,
     pub(crate) no_backing: bool,
+    /// Only so many layers of the chain, from the top.
+    pub(crate) layers: Option<usize>,
     pub(crate) for_check: bool,
     pub(crate) writable: bool,
+    /// What is written need not become durable: whoever made it makes it again.
+    pub(crate) no_flush: bool,
 }
 
 /// Opens `file` and what lies below it.
 pub(crate) async fn open(file: &str, look: Look) -> Result<Vec<Layer>, String> {
     let locking = if look.force_share { Locking::Off } else { Locking::On };
-    let top = OpenOptions { read_only: !look.writable, locking, ..OpenOptions::default() };
+    let top = OpenOptions { read_only: !look.writable, locking, no_flush: look.no_flush, ..OpenOptions::default() };
     let below = OpenOptions { read_only: true, locking, ..OpenOptions::default() };
     let options = ChainOptions {
         format: look.format,
         read_only: !look.writable,
         no_backing: look.no_backing,
+        layers: look.layers,
         for_check: look.for_check,
         ..ChainOptions::default()
     };

@@ -4,21 +4,20 @@
 //! code (see [`exit`]).
 #![forbid(unsafe_code)]
 
-mod check;
 mod client;
-mod create;
 mod demo;
 mod exit;
 mod images;
-mod info;
+mod img;
 mod jobs;
-mod map;
 mod progress;
 mod serve;
 mod size;
+mod tool;
 
 use clap::{Parser, Subcommand};
 use exit::{Exit, Outcome};
+use img::{check, create, info, map};
 
 /// A block layer for virtual machine disks: the guest runs at once, its image arrives meanwhile.
 #[derive(Parser)]
@@ -38,6 +37,9 @@ enum Command {
     Map(map::Args),
     /// Check an image's tables, and repair them if asked
     Check(check::Args),
+    /// The commands of `qemu-img`
+    #[command(subcommand)]
+    Img(img::Command),
     /// Serve disks to guests (NBD, vhost-user-blk) and to operators (QMP, HMP)
     Serve(serve::Args),
     /// Start to stream a disk's backing data into its image
@@ -56,16 +58,36 @@ enum Command {
     Demo(demo::Args),
 }
 
+/// What the program is when it is called `qemu-img`.
+#[derive(Parser)]
+#[command(name = "qemu-img", version, max_term_width = 100, arg_required_else_help = true)]
+struct Img {
+    #[command(subcommand)]
+    command: img::Command,
+}
+
+/// The command line, as the name says that the program was called by.
+fn command() -> Command {
+    let called = std::env::args_os().next().unwrap_or_default();
+    let called = std::path::Path::new(&called).file_name().and_then(std::ffi::OsStr::to_str).unwrap_or_default();
+    if called == "qemu-img" {
+        tool::set_name(called);
+        return Command::Img(Img::parse().command);
+    }
+    Cli::parse().command
+}
+
 fn main() -> std::process::ExitCode {
     let filter = tracing_subscriber::EnvFilter::try_from_env("HEADWATER_LOG")
         .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("warn"));
     let colour = std::env::var_os("NO_COLOR").is_none() && std::io::IsTerminal::is_terminal(&std::io::stderr());
     tracing_subscriber::fmt().with_env_filter(filter).with_ansi(colour).with_writer(std::io::stderr).init();
-    let outcome: Outcome = match Cli::parse().command {
+    let outcome: Outcome = match command() {
         Command::Create(args) => create::run(args),
         Command::Info(args) => info::run(&args),
         Command::Map(args) => map::run(&args),
         Command::Check(args) => check::run(&args),
+        Command::Img(command) => img::run(command),
         Command::Serve(args) => serve::run(args),
         Command::Stream(args) => jobs::stream(args),
         Command::Jobs(args) => jobs::list(&args),
@@ -78,7 +100,7 @@ fn main() -> std::process::ExitCode {
     match outcome {
         Ok(exit) => exit.into(),
         Err(message) => {
-            eprintln!("headwater: {message}");
+            tool::complain(&message);
             Exit::Failed.into()
         }
     }

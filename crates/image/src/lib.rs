@@ -32,6 +32,7 @@ pub mod raw;
 pub mod reservation;
 mod room;
 mod slices;
+pub mod snapshot;
 mod space;
 mod tables;
 
@@ -41,6 +42,7 @@ pub use error::{Error, ErrorKind, Result};
 pub use open::{OpenOptions, open};
 pub use probe::Format;
 pub use reservation::{Keep, Linked, Purpose, Reservation};
+pub use snapshot::{Snapshot, SnapshotAction};
 
 use futures_util::future::LocalBoxFuture;
 use layout::{GuestOffset, GuestRange, HostOffset};
@@ -95,6 +97,8 @@ pub struct ImageInfo {
     pub dirty: bool,
     /// Things a user should know that are no error.
     pub warnings: Vec<String>,
+    /// QCOW2: what it alone has.
+    pub qcow2: Option<qcow2::Qcow2Info>,
 }
 
 /// A disk image: tables that say where the guest's bytes are.
@@ -168,7 +172,7 @@ pub trait Image: 'static {
     /// Commits and, if nothing is in flight, marks the image as clean (QED: clears need-check). Called when idle.
     fn settle(&self) -> ImageFuture<'_, ()>;
 
-    /// Changes the size the guest sees. Growing only, unless the format says otherwise; durable when it returns. New bytes
+    /// Changes the size the guest sees; durable when it returns. QED only grows. Shrinking wants nothing else in flight. New bytes
     /// are unallocated, but where [`Image::mask_behind_end`] has marked them as zeros.
     fn resize(&self, size: u64) -> ImageFuture<'_, ()>;
 
@@ -186,6 +190,34 @@ pub trait Image: 'static {
 
     /// Checks the tables against the specification and, as asked, repairs. Nothing else is in flight. Progress is a fraction.
     fn check(&self, repair: Repair) -> ImageFuture<'_, CheckReport>;
+
+    /// Writes one whole cluster (`bytes` is as long) packed, if the format can and it saves anything; false where it was not
+    /// written. The caller holds the cluster exclusively. For images that are made at one go: a packed cluster is never written
+    /// over in place.
+    fn pack(&self, at: GuestOffset, bytes: Iov) -> ImageFuture<'_, bool> {
+        let what = format!("the format packs nothing ({} bytes at {at})", bytes.len());
+        let error = Error::new(ErrorKind::Unsupported, self.store().name(), None, what);
+        Box::pin(async { Err(error) })
+    }
+
+    /// Makes everything unallocated: what lies below shows through again. Nothing else is in flight; durable when it returns.
+    fn empty(&self) -> ImageFuture<'_, ()> {
+        let what = format!("the format '{}' cannot be emptied", self.format());
+        let error = Error::new(ErrorKind::Unsupported, self.store().name(), None, what);
+        Box::pin(async { Err(error) })
+    }
+
+    /// The internal snapshots, oldest first.
+    fn snapshots(&self) -> ImageFuture<'_, Vec<Snapshot>> {
+        Box::pin(async { Ok(Vec::new()) })
+    }
+
+    /// Takes, applies or deletes an internal snapshot. Nothing else is in flight; durable when it returns.
+    fn snapshot(&self, action: SnapshotAction) -> ImageFuture<'_, ()> {
+        let what = format!("the format '{}' has no internal snapshots ({action:?})", self.format());
+        let error = Error::new(ErrorKind::Unsupported, self.store().name(), None, what);
+        Box::pin(async { Err(error) })
+    }
 
     /// The cause, once the image refuses writes after a failed metadata write or barrier.
     fn poisoned(&self) -> Option<Error>;

@@ -183,6 +183,11 @@ impl Held {
         Ok(())
     }
 
+    /// Lets go of what lies in front of `end`: something refers to it. Gives the rest back.
+    pub(crate) fn keep_front(mut self, end: HostOffset) {
+        self.range = HostRange::between(end.clamp(self.range.start(), self.range.end()), self.range.end());
+    }
+
     /// Lets go of it: from now on something refers to it.
     pub(crate) fn keep(mut self) -> HostRange {
         std::mem::take(&mut self.range)

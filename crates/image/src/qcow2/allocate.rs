@@ -33,8 +33,7 @@ impl Core {
         }
         let start = range.start().align_down(cluster);
         let number = self.slice_of(start);
-        let table = TablePin::take(self, self.l1_index(start)).await?;
-        let slice = self.pin_slice(number).await?;
+        let (table, slice) = self.pin_entry(start).await?;
         let slice_end = self.slice_start(number) + self.slice_reach();
         let want = range.end().align_up(cluster).min(slice_end) - start;
         // Version 2 has no way to say "zeros" but clusters that hold them.
@@ -111,12 +110,12 @@ async fn zeroed(mut held: Held) -> Result<Held> {
 }
 
 /// Counts a reservation (also in the making).
-struct Busy {
+pub(super) struct Busy {
     core: Rc<Core>,
 }
 
 impl Busy {
-    fn new(core: &Rc<Core>) -> Self {
+    pub(super) fn new(core: &Rc<Core>) -> Self {
         core.active.set(core.active.get() + 1);
         Self { core: core.clone() }
     }
@@ -129,7 +128,7 @@ impl Drop for Busy {
 }
 
 /// Keeps an L2 table in being that may be changed.
-struct TablePin {
+pub(super) struct TablePin {
     core: Rc<Core>,
     index: u64,
 }
@@ -165,6 +164,11 @@ impl TablePin {
             Ok(Self { core: core.clone(), index })
         })
         .await
+    }
+
+    /// An entry was set in it.
+    pub(super) fn link(&self) {
+        self.core.tables.borrow_mut().link(self.index);
     }
 
     fn existing(core: &Rc<Core>, index: u64) -> Result<Option<Self>> {
@@ -247,7 +251,7 @@ impl Reserved for Clusters {
             at = at + cluster;
         }
         if done.linked > 0 {
-            core.tables.borrow_mut().link(self.table.index);
+            self.table.link();
         }
         done
     }
@@ -258,8 +262,15 @@ impl Reserved for Clusters {
 }
 
 impl Core {
+    /// Keeps the table and the slice in memory that an entry is in, so that it can be set.
+    pub(super) async fn pin_entry(self: &Rc<Self>, at: GuestOffset) -> Result<(TablePin, SlicePin)> {
+        let table = TablePin::take(self, self.l1_index(at)).await?;
+        let slice = self.pin_slice(self.slice_of(at)).await?;
+        Ok((table, slice))
+    }
+
     /// The next commit counts this.
-    fn count_later(&self, range: layout::HostRange) {
+    pub(super) fn count_later(&self, range: layout::HostRange) {
         let mut linked = self.linked.borrow_mut();
         match linked.last_mut() {
             Some(last) if last.end() == range.start() => *last = last.start().range(last.len() + range.len()),

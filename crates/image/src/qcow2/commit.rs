@@ -56,6 +56,7 @@ impl Core {
         if self.health.read_only() {
             return Ok(());
         }
+        self.end_packing();
         self.commit().await?;
         if self.refcounts.borrow().is_dirty() {
             crate::commits::commit(self).await?;

@@ -156,6 +156,24 @@ fn plan(options: &CreateOptions) -> Result<Plan> {
     Ok(Plan { header, blocks, l1_clusters })
 }
 
+/// Bytes of the file of such an image, once all of it is allocated: for `measure`.
+pub fn measure(options: &CreateOptions) -> Result<u64> {
+    let header = plan(options)?.header;
+    let cluster = header.cluster_size();
+    let l1 = header.l1_range().len().div_ceil(cluster);
+    let l2 = header.l1_entries_for(header.size);
+    let rest = 1 + l1 + l2 + header.size.div_ceil(cluster);
+    let (mut blocks, mut table) = (0, 0);
+    loop {
+        let clusters = rest + blocks + table;
+        let (blocks_now, table_now) = (clusters.div_ceil(header.refcounts_per_block()), (blocks * 8).div_ceil(cluster));
+        if (blocks_now, table_now) == (blocks, table) {
+            return Ok(clusters * cluster);
+        }
+        (blocks, table) = (blocks_now, table_now);
+    }
+}
+
 fn header_extensions(options: &CreateOptions) -> Vec<u8> {
     extensions(&Extensions::default(), options.backing.as_ref()).encode()
 }

@@ -157,11 +157,10 @@ impl Core {
     pub(super) async fn resize(self: &Rc<Self>, size: u64) -> Result<()> {
         self.health.check_writable()?;
         let old = self.size();
-        if size < old {
-            let what = format!("a QCOW2 image cannot shrink yet (it has {old} bytes, {size} were asked for)");
-            return Err(self.health.error(ErrorKind::InvalidArgument, None, what));
-        }
         self.check_size(size)?;
+        if size < old {
+            return self.shrink(size).await;
+        }
         self.check_nothing_behind(old).await?;
         self.zero_rest_of_last_cluster(old).await?;
         self.commit().await?;

@@ -1,11 +1,12 @@
 //! QCOW2, versions 2 and 3.
 //!
 //! * `open`, `create`: the header's way in and out;
-//! * `resolve`: where a guest's bytes are; `unpack`: packed clusters;
+//! * `resolve`: where a guest's bytes are; `unpack`, `pack`: packed clusters;
 //! * `allocate`: reservations; `refcount`: which clusters are in use, and by how many;
 //! * `commit`: what was linked becomes durable;
 //! * `header`: size, backing reference, where the tables are;
-//! * `check`, `repair`: consistency of what is on disk.
+//! * `snapshot`: internal snapshots;
+//! * `check`, `repair`, `counts`: consistency of what is on disk.
 //!
 //! All the kinds of clusters there are: plain, zero, packed (deflate and zstd), with subclusters, shared with internal snapshots.
 //! Not served, and named when refused: encryption, an external data file.
@@ -36,12 +37,15 @@ mod counts;
 mod create;
 mod header;
 mod open;
+mod pack;
 mod refcount;
 mod repair;
 mod resolve;
+mod shrink;
+mod snapshot;
 mod unpack;
 
-pub use create::Options;
+pub use create::{Options, measure};
 pub(crate) use create::{create, validate};
 pub use layout::qcow2::Compression;
 pub(crate) use open::open;
@@ -51,13 +55,15 @@ use crate::commits::Commits;
 use crate::health::Health;
 use crate::room::Room;
 use crate::slices::SliceCache;
+use crate::snapshot::{Snapshot, SnapshotAction};
 use crate::tables::{L1Form, Tables};
 use crate::{
     BackingRef, CheckReport, Error, Format, Image, ImageFuture, ImageInfo, Mapped, Purpose, Repair, Reservation, Result,
 };
 use header::HeaderZone;
-use layout::qcow2::{COPIED, Features, Header, Slice};
+use layout::qcow2::{COMPATIBLE_LAZY_REFCOUNTS, COPIED, Features, Header, Slice};
 use layout::{GuestOffset, GuestRange, HostRange};
+use pack::Packing;
 use refcount::Refcounts;
 use ring::Iov;
 use ring::sync::{Event, Mutex};
@@ -96,6 +102,7 @@ struct Core {
     making_table: Mutex<()>,
     commits: Commits,
     kept: RefCell<Kept>,
+    packing: RefCell<Packing>,
 }
 
 /// How QCOW2 writes its L1 table.
@@ -123,6 +130,23 @@ impl Core {
         let closed = self.store.close().await.map_err(Error::from);
         settled.and(closed)
     }
+}
+
+/// What `info` shows of a QCOW2 image alone.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Qcow2Info {
+    /// 2 or 3.
+    pub version: u32,
+    /// How packed clusters are packed.
+    pub compression: Compression,
+    /// Refcounts may be written late.
+    pub lazy_refcounts: bool,
+    /// Bits of a refcount.
+    pub refcount_bits: u32,
+    /// It is marked as corrupt.
+    pub corrupt: bool,
+    /// Its clusters have subclusters.
+    pub extended_l2: bool,
 }
 
 /// An open QCOW2 image.
@@ -166,7 +190,16 @@ impl Image for Qcow2Image {
         if has(Features::CORRUPT) {
             warnings.push("the image is marked as corrupt; run 'check -r all' on it".to_owned());
         }
-        ImageInfo { cluster_size: Some(header.cluster_size()), dirty: has(Features::DIRTY), warnings }
+        let qcow2 = Qcow2Info {
+            version: header.version,
+            compression: header.compression,
+            lazy_refcounts: header.compatible_features & COMPATIBLE_LAZY_REFCOUNTS != 0,
+            refcount_bits: 1 << header.refcount_order,
+            corrupt: has(Features::CORRUPT),
+            extended_l2: has(Features::EXTENDED_L2),
+        };
+        let cluster_size = Some(header.cluster_size());
+        ImageInfo { cluster_size, dirty: has(Features::DIRTY), warnings, qcow2: Some(qcow2) }
     }
 
     fn lookup(&self, range: GuestRange) -> Result<Option<Mapped>> {
@@ -226,6 +259,25 @@ impl Image for Qcow2Image {
     fn check(&self, repair: Repair) -> ImageFuture<'_, CheckReport> {
         let core = self.core.clone();
         Box::pin(ring::spawn(async move { core.check(repair).await }))
+    }
+
+    fn pack(&self, at: GuestOffset, bytes: Iov) -> ImageFuture<'_, bool> {
+        let core = self.core.clone();
+        Box::pin(ring::spawn(async move { core.pack(at, bytes).await }))
+    }
+
+    fn empty(&self) -> ImageFuture<'_, ()> {
+        let core = self.core.clone();
+        Box::pin(ring::spawn(async move { core.empty().await }))
+    }
+
+    fn snapshots(&self) -> ImageFuture<'_, Vec<Snapshot>> {
+        Box::pin(self.core.snapshots())
+    }
+
+    fn snapshot(&self, action: SnapshotAction) -> ImageFuture<'_, ()> {
+        let core = self.core.clone();
+        Box::pin(ring::spawn(async move { core.snapshot(action).await }))
     }
 
     fn poisoned(&self) -> Option<Error> {

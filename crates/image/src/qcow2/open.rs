@@ -72,6 +72,7 @@ pub async fn open_with_table_memory(store: Rc<dyn Store>, options: OpenOptions, 
         making_table: Mutex::new(()),
         commits: Commits::default(),
         kept: RefCell::default(),
+        packing: RefCell::default(),
         header: Cell::new(header),
         store,
     });

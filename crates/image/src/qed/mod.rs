@@ -137,7 +137,8 @@ impl Image for QedImage {
         if header.autoclear_features != 0 {
             warnings.push(format!("unknown autoclear features {:#x} are set", header.autoclear_features));
         }
-        ImageInfo { cluster_size: Some(header.geometry.cluster_size()), dirty: self.core.found_dirty.get(), warnings }
+        let cluster_size = Some(header.geometry.cluster_size());
+        ImageInfo { cluster_size, dirty: self.core.found_dirty.get(), warnings, qcow2: None }
     }
 
     fn lookup(&self, range: GuestRange) -> Result<Option<Mapped>> {

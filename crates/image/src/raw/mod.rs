@@ -144,12 +144,11 @@ impl Image for RawImage {
         Box::pin(async move {
             self.check_writable()?;
             let old = self.size.get();
-            if size < old || !size.is_multiple_of(SECTOR) || size > MAX_SIZE {
-                let what =
-                    format!("a disk of {old} bytes can only grow, by multiples of {SECTOR} ({size} were asked for)");
+            if !size.is_multiple_of(SECTOR) || size > MAX_SIZE {
+                let what = format!("the size of a disk is a multiple of {SECTOR} bytes ({size} were asked for)");
                 return Err(self.error(ErrorKind::InvalidArgument, what));
             }
-            if self.store.size() < size {
+            if self.store.size() < size || size < old {
                 self.store.set_size(size).await?;
             }
             self.barrier().await?;

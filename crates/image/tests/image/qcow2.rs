@@ -218,6 +218,74 @@ fn what_is_written_is_sound_for_the_reference() {
     }
 }
 
+/// Snapshots that are taken, applied and deleted here are the reference's, too; so are packed clusters.
+#[test]
+fn snapshots_and_packed_clusters_are_the_references_too() {
+    let Some(lab) = lab() else { return };
+    let folder = lab.path();
+    for (number, kind) in KINDS.into_iter().enumerate().filter(|(_, kind)| !kind.contains("refcount_bits=1")) {
+        ok(folder, &["qemu-img", "create", "-q", "-f", "qcow2", "-o", kind, "a.qcow2", "5243392"]);
+        fill(folder, "a.qcow2", kind.contains("0.10"), kind.contains("extended_l2"));
+        ok(folder, &["qemu-img", "convert", "-q", "-O", "raw", "a.qcow2", "first.raw"]);
+        let first = std::fs::read(folder.join("first.raw")).unwrap();
+        let mut model = first.clone();
+        let store = MemoryStore::from_bytes("ours.qcow2", &std::fs::read(folder.join("a.qcow2")).unwrap());
+        let judge = |model: &[u8], snapshots: usize| {
+            std::fs::write(folder.join("a.qcow2"), store.to_vec()).unwrap();
+            std::fs::write(folder.join("model.raw"), model).unwrap();
+            ok(folder, &["qemu-img", "check", "-q", "a.qcow2"]);
+            ok(folder, &["qemu-img", "compare", "-q", "-f", "raw", "-F", "qcow2", "model.raw", "a.qcow2"]);
+            let list = ok(folder, &["qemu-img", "snapshot", "-l", "a.qcow2"]);
+            assert_eq!(list.lines().count().saturating_sub(2), snapshots, "{list}");
+        };
+        let open = async || image::open(store.clone(), Format::Qcow2, OpenOptions::default()).await.unwrap();
+        let create = |name: &str| image::SnapshotAction::Create(name.to_owned(), (1_700_000_000, 0));
+        in_sim(async {
+            let guest = Guest::new(open().await, &[]);
+            guest.image.snapshot(create("first")).await.unwrap();
+            judge(&model, 1);
+            live(&guest, &mut model, 40, number as u64).await;
+            guest.image.snapshot(create("second")).await.unwrap();
+            let second = model.clone();
+            live(&guest, &mut model, 20, 77).await;
+            // A few clusters, packed over whatever was there.
+            let cluster = guest.image.cluster_size();
+            let mut packed = 0;
+            for n in 0..20_u64 {
+                let at = n * 13 * cluster % (4 << 20) / cluster * cluster;
+                let bytes: Vec<u8> = (0..cluster).map(|i| (i / 300 + n) as u8).collect();
+                if guest.image.pack(GuestOffset(at), ring::Iov::from_slice(&bytes)).await.unwrap() {
+                    model[at as usize..][..cluster as usize].copy_from_slice(&bytes);
+                    packed += 1;
+                }
+            }
+            assert!(packed > 0, "{kind}");
+            assert!(guest.read_all().await.unwrap() == model, "{kind}");
+            guest.image.close().await.unwrap();
+            judge(&model, 2);
+            let guest = Guest::new(open().await, &[]);
+            assert_eq!(guest.image.snapshots().await.unwrap()[1].name, "second");
+            guest.image.snapshot(image::SnapshotAction::Apply("second".to_owned())).await.unwrap();
+            assert!(guest.read_all().await.unwrap() == second, "{kind}");
+            let mut model = second;
+            live(&guest, &mut model, 10, 78).await;
+            guest.image.settle().await.unwrap();
+            judge(&model, 2);
+            guest.image.snapshot(image::SnapshotAction::Delete("2".to_owned())).await.unwrap();
+            judge(&model, 1);
+            guest.image.snapshot(image::SnapshotAction::Apply("first".to_owned())).await.unwrap();
+            guest.image.snapshot(image::SnapshotAction::Delete("first".to_owned())).await.unwrap();
+            assert!(guest.read_all().await.unwrap() == first, "{kind}");
+            let missing = guest.image.snapshot(image::SnapshotAction::Delete("first".to_owned())).await.unwrap_err();
+            assert!(missing.to_string().contains("does not exist"), "{missing}");
+            let mut model = first.clone();
+            live(&guest, &mut model, 10, 79).await;
+            guest.image.close().await.unwrap();
+            judge(&model, 0);
+        });
+    }
+}
+
 /// New images, in hundreds of geometries: the reference finds nothing wrong, writes, finds nothing wrong, and is read.
 #[test]
 fn new_images_are_the_references_too() {

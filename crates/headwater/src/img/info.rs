@@ -4,6 +4,8 @@ use crate::exit::{Exit, Outcome};
 use crate::images::{self, Look, Output, format_named, on_ring};
 use crate::size::human;
 use disk::chain::{FileOpener, Layer, Opener};
+use image::Snapshot;
+use image::qcow2::{Compression, Qcow2Info};
 use serde_json::{Map, Value, json};
 use std::os::unix::fs::MetadataExt;
 
@@ -30,8 +32,11 @@ pub(crate) fn run(args: &Args) -> Outcome {
     let look = Look { format, force_share: args.force_share, no_backing: !args.backing_chain, ..Look::default() };
     let described = on_ring(async {
         let chain = images::open(&args.file, look).await?;
-        let described: Vec<Described> =
-            chain.iter().enumerate().map(|(depth, layer)| Described::of(layer, depth, &args.file)).collect();
+        let mut described = Vec::new();
+        for (depth, layer) in chain.iter().enumerate() {
+            let snapshots = layer.image.snapshots().await.map_err(|error| error.to_string())?;
+            described.push(Described::of(layer, depth, &args.file, snapshots));
+        }
         images::close(&chain).await?;
         Ok(described)
     })?;
@@ -60,10 +65,12 @@ struct Described {
     dirty: bool,
     backing: Option<(String, Option<&'static str>, String)>,
     warnings: Vec<String>,
+    qcow2: Option<Qcow2Info>,
+    snapshots: Vec<Snapshot>,
 }
 
 impl Described {
-    fn of(layer: &Layer, depth: usize, asked: &str) -> Self {
+    fn of(layer: &Layer, depth: usize, asked: &str, snapshots: Vec<Snapshot>) -> Self {
         let image = &layer.image;
         let store = image.store();
         let filename = if depth == 0 { asked.to_owned() } else { store.name().to_owned() };
@@ -73,7 +80,8 @@ impl Described {
             format: image.format().name(),
             virtual_size: image.size(),
             disk_size: std::fs::metadata(store.name()).ok().map(|meta| meta.blocks() * 512),
-            file_length: store.size(),
+            // In whole sectors, as QEMU counts.
+            file_length: store.size().next_multiple_of(512),
             cluster_size: info.cluster_size,
             dirty: info.dirty,
             backing: image.backing().map(|below| {
@@ -81,6 +89,8 @@ impl Described {
                 (below.name, below.format.map(image::Format::name), full)
             }),
             warnings: info.warnings,
+            qcow2: info.qcow2,
+            snapshots,
             filename,
         }
     }
@@ -115,6 +125,23 @@ impl Described {
         for warning in &self.warnings {
             line(format!("warning: {warning}"));
         }
+        if !self.snapshots.is_empty() {
+            line(super::snapshot::text(&self.snapshots).trim_end().to_owned());
+        }
+        if let Some(own) = self.qcow2 {
+            line("Format specific information:".into());
+            let compression = compression(own);
+            line(format!("    compat: {}", compat(own)));
+            line(format!("    compression type: {compression}"));
+            if own.version > 2 {
+                line(format!("    lazy refcounts: {}", own.lazy_refcounts));
+            }
+            line(format!("    refcount bits: {}", own.refcount_bits));
+            if own.version > 2 {
+                line(format!("    corrupt: {}", own.corrupt));
+                line(format!("    extended l2: {}", own.extended_l2));
+            }
+        }
         line("Child node '/file':".into());
         line(format!("    filename: {}", self.filename));
         line("    protocol type: file".into());
@@ -143,6 +170,33 @@ impl Described {
             top.insert("full-backing-filename".into(), json!(full));
             top.insert("backing-filename".into(), json!(name));
         }
+        if !self.snapshots.is_empty() {
+            let all = self.snapshots.iter().map(|snapshot| {
+                json!({
+                    "id": snapshot.id,
+                    "name": snapshot.name,
+                    "vm-state-size": snapshot.vm_state_size,
+                    "date-sec": snapshot.date.0,
+                    "date-nsec": snapshot.date.1,
+                    "vm-clock-sec": snapshot.vm_clock / 1_000_000_000,
+                    "vm-clock-nsec": snapshot.vm_clock % 1_000_000_000,
+                    "icount": snapshot.icount.unwrap_or(0),
+                })
+            });
+            top.insert("snapshots".into(), all.collect());
+        }
+        if let Some(own) = self.qcow2 {
+            let mut data = Map::new();
+            data.insert("compat".into(), json!(compat(own)));
+            data.insert("compression-type".into(), json!(compression(own)));
+            data.insert("refcount-bits".into(), json!(own.refcount_bits));
+            if own.version > 2 {
+                data.insert("lazy-refcounts".into(), json!(own.lazy_refcounts));
+                data.insert("corrupt".into(), json!(own.corrupt));
+                data.insert("extended-l2".into(), json!(own.extended_l2));
+            }
+            top.insert("format-specific".into(), json!({ "type": "qcow2", "data": data }));
+        }
         top.insert("virtual-size".into(), json!(self.virtual_size));
         top.insert("filename".into(), json!(self.filename));
         if let Some(bytes) = self.cluster_size {
@@ -154,6 +208,17 @@ impl Described {
         }
         top.insert("dirty-flag".into(), json!(self.dirty));
         Value::Object(top)
+    }
+}
+
+fn compat(own: Qcow2Info) -> &'static str {
+    if own.version == 2 { "0.10" } else { "1.1" }
+}
+
+fn compression(own: Qcow2Info) -> &'static str {
+    match own.compression {
+        Compression::Deflate => "zlib",
+        Compression::Zstd => "zstd",
     }
 }
 

@@ -4,7 +4,6 @@ use crate::exit::{Exit, Outcome};
 use crate::images::{self, Look, Output, format_named, on_ring};
 use disk::{Disk, DiskOptions, Status};
 use layout::{GuestOffset, GuestRange};
-use serde_json::json;
 use std::io::{BufWriter, Write};
 
 #[derive(clap::Args)]
@@ -47,7 +46,11 @@ impl Run {
             (None, None) => true,
             _ => false,
         };
-        let same = a.zero == b.zero && a.allocated == b.allocated && a.depth == b.depth && self.end() == next.start;
+        let same = a.compressed == b.compressed
+            && a.zero == b.zero
+            && a.allocated == b.allocated
+            && a.depth == b.depth
+            && self.end() == next.start;
         if same && goes_on {
             self.status.len += b.len;
         }
@@ -107,7 +110,7 @@ impl<W: Write> Printer<'_, W> {
     }
 
     fn run(&mut self, run: &Run) -> std::io::Result<()> {
-        let Status { len, zero, allocated, depth, host } = run.status;
+        let Status { len, zero, allocated, depth, compressed, host } = run.status;
         let data = allocated && !zero;
         match (self.output, host) {
             (Output::Human, Some(host)) if data => {
@@ -121,9 +124,8 @@ impl<W: Write> Printer<'_, W> {
                 write!(
                     self.out,
                     "{comma}{{ \"start\": {}, \"length\": {len}, \"depth\": {}, \"present\": {allocated}, \"zero\": {zero}, \
-                     \"data\": {data}, \"compressed\": false",
-                    run.start,
-                    if allocated { json!(depth) } else { json!(0) },
+                     \"data\": {data}, \"compressed\": {compressed}",
+                    run.start, depth,
                 )?;
                 if let Some(host) = host {
                     write!(self.out, ", \"offset\": {}", host.get())?;

@@ -2,6 +2,7 @@
 
 use crate::exit::{Exit, Outcome};
 use crate::images::{self, Look, Output, format_named, on_ring};
+use crate::tool;
 use clap::ValueEnum;
 use image::{CheckReport, Format, Repair};
 use serde_json::{Map, Value, json};
@@ -44,13 +45,13 @@ pub(crate) fn run(args: &Args) -> Outcome {
         no_backing: true,
         for_check: true,
         writable: args.repair.is_some(),
+        ..Look::default()
     };
     let checked = on_ring(async {
         let chain = images::open(&args.file, look).await?;
         let image = chain.first().ok_or("no image")?.image.clone();
         let unchecked = match image.format() {
             Format::Raw => Some("This image format does not support checks"),
-            Format::Qcow2 => Some("QCOW2 images are not checked yet; use 'qemu-img check'"),
             _ => None,
         };
         if let Some(why) = unchecked {
@@ -71,13 +72,13 @@ pub(crate) fn run(args: &Args) -> Outcome {
     let (format, report) = match checked {
         Ok(checked) => checked,
         Err(why) => {
-            eprintln!("headwater: {why}");
+            tool::complain(why);
             return Ok(Exit::NoChecks);
         }
     };
     match args.output {
         Output::Json => println!("{:#}", as_json(&args.file, format, &report)),
-        Output::Human => print_human(args.quiet, &report),
+        Output::Human => print_human(args.quiet, format, &report),
     }
     Ok(if report.check_errors > 0 {
         Exit::Failed
@@ -90,7 +91,7 @@ pub(crate) fn run(args: &Args) -> Outcome {
     })
 }
 
-fn print_human(quiet: bool, report: &CheckReport) {
+fn print_human(quiet: bool, format: Format, report: &CheckReport) {
     for message in &report.messages {
         eprintln!("{message}");
     }
@@ -123,7 +124,7 @@ fn print_human(quiet: bool, report: &CheckReport) {
             println!("\n{} internal errors have occurred during the check.", report.check_errors);
         }
     }
-    if report.total_clusters > 0 {
+    if report.total_clusters > 0 && report.allocated_clusters > 0 {
         let percent = |part: u64, whole: u64| if whole == 0 { 0.0 } else { part as f64 * 100.0 / whole as f64 };
         println!(
             "{}/{} = {:.2}% allocated, {:.2}% fragmented, {:.2}% compressed clusters",
@@ -133,6 +134,10 @@ fn print_human(quiet: bool, report: &CheckReport) {
             percent(report.fragmented_clusters, report.allocated_clusters),
             percent(report.compressed_clusters, report.allocated_clusters),
         );
+    }
+    // As qemu-img has it, which does not know where a QED image ends.
+    if format == Format::Qcow2 {
+        println!("Image end offset: {}", report.image_end_offset);
     }
 }
 
@@ -152,6 +157,9 @@ fn as_json(file: &str, format: Format, report: &CheckReport) -> Value {
     optional("allocated-clusters", report.allocated_clusters);
     optional("fragmented-clusters", report.fragmented_clusters);
     optional("compressed-clusters", report.compressed_clusters);
+    if format == Format::Qcow2 {
+        fields.insert("image-end-offset".into(), json!(report.image_end_offset));
+    }
     fields.insert("check-errors".into(), json!(report.check_errors));
     fields.insert("filename".into(), json!(file));
     fields.insert("format".into(), json!(format.name()));

@@ -1,4 +1,4 @@
-//! `headwater create`: the flags of `qemu-img create`.
+//! `img create` (and plain `headwater create`): the flags of `qemu-img create`.
 //!
 //! A backing file whose format nobody stated is looked at once, here; what was found is said and recorded, so that it is never
 //! guessed again.
@@ -6,6 +6,7 @@
 use crate::exit::{Exit, Outcome};
 use crate::images::{self, Look, format_named, on_ring};
 use crate::size;
+use crate::tool;
 use disk::chain::{FileOpener, Opener};
 use image::create::{CreateOptions, create, validate};
 use image::{BackingRef, Format, qcow2};
@@ -14,7 +15,7 @@ use store::file::{FileStore, OpenOptions};
 
 #[derive(clap::Args)]
 pub(crate) struct Args {
-    /// Format of the new image: qed or raw
+    /// Format of the new image: qcow2, qed or raw
     #[arg(short, long, default_value = "raw", value_name = "FMT")]
     format: String,
     /// Backing file, relative to the new image's folder
@@ -23,7 +24,8 @@ pub(crate) struct Args {
     /// Format of the backing file
     #[arg(short = 'F', long, value_name = "FMT")]
     backing_format: Option<String>,
-    /// Options as key=value, separated by commas: size, backing_file, backing_fmt, cluster_size, table_size
+    /// Options as key=value, separated by commas: size, backing_file, backing_fmt, cluster_size; qed: table_size; qcow2: compat,
+    /// refcount_bits, lazy_refcounts, extended_l2, compression_type
     #[arg(short, value_name = "OPTIONS")]
     options: Vec<String>,
     /// Do not open the backing file (then its format and the size must be given)
@@ -40,13 +42,13 @@ pub(crate) struct Args {
 
 /// What the command line asked for, each thing stated at most once.
 #[derive(Default)]
-struct Wanted {
-    size: Option<u64>,
-    backing: Option<String>,
-    backing_format: Option<String>,
-    cluster_size: Option<u64>,
-    table_size: Option<u32>,
-    qcow2: qcow2::Options,
+pub(crate) struct Wanted {
+    pub(crate) size: Option<u64>,
+    pub(crate) backing: Option<String>,
+    pub(crate) backing_format: Option<String>,
+    pub(crate) cluster_size: Option<u64>,
+    pub(crate) table_size: Option<u32>,
+    pub(crate) qcow2: qcow2::Options,
 }
 
 pub(crate) fn run(args: Args) -> Outcome {
@@ -57,32 +59,43 @@ pub(crate) fn run(args: Args) -> Outcome {
 }
 
 fn gather(args: &Args, format: Format) -> Result<Wanted, String> {
-    let mut wanted = Wanted {
-        size: args.size.as_deref().map(size::parse).transpose()?,
-        backing: args.backing.clone(),
-        backing_format: args.backing_format.clone(),
-        ..Wanted::default()
+    let wanted = Wanted::gather(&args.options, format)?;
+    let size = args.size.as_deref().map(size::parse).transpose()?;
+    let wanted = Wanted {
+        size: wanted.size.or(size),
+        backing: wanted.backing.or_else(|| args.backing.clone()),
+        backing_format: wanted.backing_format.or_else(|| args.backing_format.clone()),
+        ..wanted
     };
-    for pair in args.options.iter().flat_map(|list| split_options(list)) {
-        let (key, value) =
-            pair.split_once('=').ok_or_else(|| format!("Invalid parameter '{pair}': key=value is expected"))?;
-        match (key, format) {
-            ("size", _) => wanted.size = Some(size::parse(value)?),
-            ("backing_file", Format::Qed | Format::Qcow2) => wanted.backing = Some(value.to_owned()),
-            ("backing_fmt", Format::Qed | Format::Qcow2) => wanted.backing_format = Some(value.to_owned()),
-            ("cluster_size", Format::Qed | Format::Qcow2) => wanted.cluster_size = Some(size::parse(value)?),
-            ("table_size", Format::Qed) => {
-                let clusters = size::parse(value)?;
-                wanted.table_size = Some(u32::try_from(clusters).map_err(|_| format!("Invalid table_size '{value}'"))?);
-            }
-            (_, Format::Qcow2) => qcow2_option(&mut wanted.qcow2, key, value)?,
-            _ => return Err(format!("Invalid parameter '{key}'")),
-        }
-    }
     if format == Format::Raw && wanted.backing.is_some() {
         return Err("Backing file not supported for file format 'raw'".into());
     }
     Ok(wanted)
+}
+
+impl Wanted {
+    /// What `-o` says, of an image of this format.
+    pub(crate) fn gather(lists: &[String], format: Format) -> Result<Self, String> {
+        let mut wanted = Self::default();
+        for pair in lists.iter().flat_map(|list| split_options(list)) {
+            let (key, value) =
+                pair.split_once('=').ok_or_else(|| format!("Invalid parameter '{pair}': key=value is expected"))?;
+            match (key, format) {
+                ("size", _) => wanted.size = Some(size::parse(value)?),
+                ("backing_file", Format::Qed | Format::Qcow2) => wanted.backing = Some(value.to_owned()),
+                ("backing_fmt", Format::Qed | Format::Qcow2) => wanted.backing_format = Some(value.to_owned()),
+                ("cluster_size", Format::Qed | Format::Qcow2) => wanted.cluster_size = Some(size::parse(value)?),
+                ("table_size", Format::Qed) => {
+                    let clusters = size::parse(value)?;
+                    wanted.table_size =
+                        Some(u32::try_from(clusters).map_err(|_| format!("Invalid table_size '{value}'"))?);
+                }
+                (_, Format::Qcow2) => qcow2_option(&mut wanted.qcow2, key, value)?,
+                _ => return Err(format!("Invalid parameter '{key}'")),
+            }
+        }
+        Ok(wanted)
+    }
 }
 
 /// An option that only QCOW2 has.
@@ -152,13 +165,13 @@ async fn make(args: &Args, format: Format, wanted: Wanted) -> Result<(), String>
             if stated.is_none() && !args.quiet {
                 // QED can record of its backing file that it is raw, and nothing else.
                 let recorded = match found {
+                    _ if format == Format::Qcow2 => format!("which is now recorded in '{file}'"),
                     Format::Raw => format!("which is now recorded in '{file}' and never probed again"),
                     _ => "which its first bytes will tell again whenever it is opened".to_owned(),
                 };
-                eprintln!(
-                    "headwater: '{name}' has no stated format; it was found to be {found}, {recorded} (state it with -F \
-                     {found})"
-                );
+                tool::complain(&format!(
+                    "'{name}' has no stated format; it was found to be {found}, {recorded} (state it with -F {found})"
+                ));
             }
             found
         };
@@ -177,7 +190,7 @@ async fn make(args: &Args, format: Format, wanted: Wanted) -> Result<(), String>
     if !args.quiet {
         println!("{}", formatting_line(file, &options));
         for warning in warnings {
-            eprintln!("headwater: warning: {warning}");
+            tool::complain(&format!("warning: {warning}"));
         }
     }
     write(file, &options).await
@@ -224,12 +237,43 @@ fn formatting_line(file: &str, options: &CreateOptions) -> String {
             let _ = write!(line, " backing_fmt={format}");
         }
     }
+    if options.format == Format::Qcow2 {
+        return qcow2_line(file, options);
+    }
     if options.format == Format::Qed {
         let _ = write!(line, " cluster_size={}", options.cluster_size.unwrap_or(65536));
         if let Some(clusters) = options.table_size {
             let _ = write!(line, " table_size={clusters}");
         }
     }
+    line
+}
+
+/// The same for QCOW2, whose options come first.
+fn qcow2_line(file: &str, options: &CreateOptions) -> String {
+    use std::fmt::Write;
+    let on = |on: bool| if on { "on" } else { "off" };
+    let own = options.qcow2;
+    let compression = match own.compression {
+        qcow2::Compression::Deflate => "zlib",
+        qcow2::Compression::Zstd => "zstd",
+    };
+    let mut line = format!(
+        "Formatting '{file}', fmt=qcow2 cluster_size={} extended_l2={} compression_type={compression} size={}",
+        options.cluster_size.unwrap_or(65536),
+        on(own.extended_l2),
+        options.size
+    );
+    if let Some(backing) = &options.backing {
+        let _ = write!(line, " backing_file={}", backing.name);
+        if let Some(format) = backing.format {
+            let _ = write!(line, " backing_fmt={format}");
+        }
+    }
+    if own.version == 2 {
+        line.push_str(" compat=0.10");
+    }
+    let _ = write!(line, " lazy_refcounts={} refcount_bits={}", on(own.lazy_refcounts), own.refcount_bits);
     line
 }
 

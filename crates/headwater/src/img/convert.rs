@@ -1,0 +1,146 @@
+//! `img convert`: images into one of another format, with its holes.
+
+use super::copy::{How, copy};
+use super::create::{self, Wanted};
+use super::source::Source;
+use crate::exit::{Exit, Outcome};
+use crate::images::{self, Look, format_named, on_ring};
+use crate::progress::Steps;
+use crate::size;
+use disk::{Disk, DiskOptions};
+use image::create::CreateOptions;
+use image::{BackingRef, Format};
+use std::rc::Rc;
+
+#[derive(clap::Args)]
+#[expect(clippy::struct_excessive_bools, reason = "a command line is made of switches")]
+pub(crate) struct Args {
+    /// Format of the source, instead of looking
+    #[arg(short, value_name = "FMT")]
+    format: Option<String>,
+    /// Format of the new image
+    #[arg(short = 'O', value_name = "FMT", default_value = "raw")]
+    output_format: String,
+    /// Options of the new image as key=value, separated by commas
+    #[arg(short, value_name = "OPTIONS")]
+    options: Vec<String>,
+    /// Backing file of the new image: what lies below the source's top is left to it
+    #[arg(short = 'B', value_name = "BACKING")]
+    backing: Option<String>,
+    /// Format of the backing file
+    #[arg(short = 'F', value_name = "FMT")]
+    backing_format: Option<String>,
+    /// Pack clusters
+    #[arg(short)]
+    compress: bool,
+    /// Do not make the target: it is there
+    #[arg(short)]
+    no_create: bool,
+    /// The target (with -n) reads as zeros as it is
+    #[arg(long)]
+    target_is_zero: bool,
+    /// Show progress
+    #[arg(short)]
+    progress: bool,
+    /// Print nothing
+    #[arg(short)]
+    quiet: bool,
+    /// Zeros of this length become holes; 0: everything is written
+    #[arg(short = 'S', value_name = "SIZE", default_value = "4k", value_parser = size::parse)]
+    sparse: u64,
+    /// Parts in flight, 1 to 16
+    #[arg(short = 'm', value_name = "N", default_value_t = 8, value_parser = clap::value_parser!(u8).range(1..=16))]
+    parallel: u8,
+    /// Writes may be done in any order (they begin in order in any case)
+    #[arg(short = 'W')]
+    any_order: bool,
+    /// Copy by the system's own means where it can (accepted; parts are read and written)
+    #[arg(short = 'C')]
+    offload: bool,
+    /// How the target is written to: none, writeback, writethrough, directsync, unsafe
+    #[arg(short = 't', value_name = "CACHE", default_value = "unsafe")]
+    cache: String,
+    /// How the source is read: none, writeback, …
+    #[arg(short = 'T', value_name = "CACHE", default_value = "writeback")]
+    source_cache: String,
+    /// The source may be written to by somebody
+    #[arg(short = 'U', long)]
+    force_share: bool,
+    /// One or more sources, and the target
+    #[arg(required = true, num_args = 2.., value_name = "FILE")]
+    files: Vec<String>,
+}
+
+pub(crate) fn run(args: &Args) -> Outcome {
+    let _ = (args.any_order, args.offload, &args.source_cache);
+    on_ring(convert(args))?;
+    Ok(Exit::Ok)
+}
+
+async fn convert(args: &Args) -> Result<(), String> {
+    let Some((target, files)) = args.files.split_last() else { return Err("no file was named".into()) };
+    let output = format_named(&args.output_format)?;
+    let format = args.format.as_deref().map(format_named).transpose()?;
+    if args.compress && output != Format::Qcow2 {
+        return Err("Compression not supported for this file format".into());
+    }
+    if args.backing.is_some() && files.len() > 1 {
+        return Err(
+            "Having a backing file for the target makes no sense when concatenating multiple input images".into()
+        );
+    }
+    let look = Look { format, force_share: args.force_share, ..Look::default() };
+    let source = Rc::new(Source::open(files, look).await?);
+    let done = into(args, &source, output, target).await;
+    let closed = source.close().await;
+    done.and(closed)
+}
+
+async fn into(args: &Args, source: &Rc<Source>, output: Format, target: &str) -> Result<(), String> {
+    let mut len = source.size();
+    if !args.no_create {
+        let mut wanted = Wanted::gather(&args.options, output)?;
+        wanted.backing = wanted.backing.or_else(|| args.backing.clone());
+        wanted.backing_format = wanted.backing_format.or_else(|| args.backing_format.clone());
+        let size = wanted.size.unwrap_or(len);
+        len = len.min(size);
+        let backing = match (&wanted.backing, &wanted.backing_format) {
+            (None, _) => None,
+            (Some(name), Some(format)) => Some(BackingRef { name: name.clone(), format: Some(format_named(format)?) }),
+            (Some(name), None) => {
+                return Err(format!("backing file '{name}' needs its format: state it with -F"));
+            }
+        };
+        let options = CreateOptions {
+            backing,
+            cluster_size: wanted.cluster_size,
+            table_size: wanted.table_size,
+            qcow2: wanted.qcow2,
+            ..CreateOptions::new(output, size.next_multiple_of(512))
+        };
+        create::write(target, &options).await?;
+    }
+    let writable = Look { format: Some(output), writable: true, no_flush: args.cache == "unsafe", ..Look::default() };
+    let chain = images::open(target, writable).await?;
+    let disk = Disk::new("target", chain, DiskOptions::default());
+    let has_backing = disk.chain().len() > 1;
+    if args.no_create && disk.size() < len {
+        let _ = disk.close().await;
+        return Err(format!("output file is smaller than input file ({} and {len} bytes)", disk.size()));
+    }
+    let how = How {
+        sparse: args.sparse,
+        parallel: args.parallel.into(),
+        target_is_zero: !has_backing && (!args.no_create || args.target_is_zero),
+        only_top: has_backing && !args.no_create,
+        only_allocated: false,
+        packed: args.compress,
+    };
+    let steps = Steps::new(len, args.progress && !args.quiet);
+    let copied = copy(source, &disk, len, how, &steps).await;
+    let flushed = disk.flush().await.map_err(|error| error.to_string());
+    let closed = disk.close().await.map_err(|error| error.to_string());
+    copied.and(flushed).and(closed)?;
+    steps.end();
+    Ok(())
+}

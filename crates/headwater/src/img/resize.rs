@@ -1,0 +1,74 @@
+//! `img resize`: a disk's size, up and (where it is said twice) down.
+
+use crate::exit::{Exit, Outcome};
+use crate::images::{self, Look, format_named, on_ring};
+use crate::size;
+use disk::{Disk, DiskOptions};
+use std::rc::Rc;
+
+#[derive(clap::Args)]
+pub(crate) struct Args {
+    /// Format of the image, instead of looking
+    #[arg(short, value_name = "FMT")]
+    format: Option<String>,
+    /// What is new is: off (a hole)
+    #[arg(long, value_name = "MODE", default_value = "off")]
+    preallocation: String,
+    /// Print nothing
+    #[arg(short)]
+    quiet: bool,
+    /// Allow to lose what lies behind a smaller size
+    #[arg(long)]
+    shrink: bool,
+    /// The image
+    file: String,
+    /// The new size, or the change: +1G, -512M
+    #[arg(allow_hyphen_values = true)]
+    size: String,
+}
+
+pub(crate) fn run(args: &Args) -> Outcome {
+    if args.preallocation != "off" {
+        return Err(format!("preallocation mode '{}' is not supported here; 'off' is", args.preallocation));
+    }
+    on_ring(resize(args))?;
+    if !args.quiet {
+        println!("Image resized.");
+    }
+    Ok(Exit::Ok)
+}
+
+async fn resize(args: &Args) -> Result<(), String> {
+    let format = args.format.as_deref().map(format_named).transpose()?;
+    let chain = images::open(&args.file, Look { format, writable: true, ..Look::default() }).await?;
+    let image = Rc::clone(&chain[0].image);
+    let disk = Disk::new(&args.file, chain, DiskOptions::default());
+    let old = disk.size();
+    let resized = async {
+        let (sign, number) = match args.size.as_bytes().first() {
+            Some(b'+') => (1, &args.size[1..]),
+            Some(b'-') => (-1, &args.size[1..]),
+            _ => (0, args.size.as_str()),
+        };
+        let number = size::parse(number)?;
+        let wanted = match sign {
+            1 => old.checked_add(number),
+            -1 => old.checked_sub(number).filter(|size| *size > 0),
+            _ => Some(number).filter(|size| *size > 0),
+        };
+        let wanted = wanted.ok_or("New image size must be positive")?.next_multiple_of(512);
+        if wanted >= old {
+            return disk.resize(wanted).await.map_err(|error| error.to_string());
+        }
+        if !args.shrink {
+            return Err("Use the --shrink option to perform a shrink operation.\n\
+                 Shrinking an image will delete all data beyond the shrunken image's end. Before performing such an \
+                 operation, make sure there is no important data there."
+                .to_owned());
+        }
+        image.resize(wanted).await.map_err(|error| error.to_string())
+    };
+    let resized = resized.await;
+    let closed = disk.close().await.map_err(|error| error.to_string());
+    resized.and(closed)
+}
