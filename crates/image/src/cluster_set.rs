@@ -82,7 +82,7 @@ impl ClusterSet {
     }
 
     /// The first cluster of `at..end` that is (or is not) in the set.
-    fn seek(&self, mut at: u64, end: u64, present: bool) -> Option<u64> {
+    pub(crate) fn seek(&self, mut at: u64, end: u64, present: bool) -> Option<u64> {
         while at < end {
             let (key, bit) = (at / CHUNK, at % CHUNK);
             let Some(chunk) = self.chunks.get(&key) else {

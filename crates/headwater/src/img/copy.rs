@@ -10,6 +10,7 @@ use futures_util::StreamExt;
 use futures_util::stream::FuturesUnordered;
 use layout::{GuestOffset, GuestRange};
 use ring::{Iov, JoinHandle};
+use std::cell::RefCell;
 use std::collections::VecDeque;
 use std::rc::Rc;
 
@@ -57,6 +58,8 @@ struct Copy {
     how: How,
     /// Clusters of the target, or what is worth a hole: nothing smaller is looked at by itself.
     unit: u64,
+    /// Memory that was read into and written from, to be used again: new memory costs as much as the copy.
+    spare: RefCell<Vec<Iov>>,
 }
 
 /// Copies `len` bytes from `source` into `target`, from the first byte on. Not durable yet when it returns.
@@ -70,7 +73,7 @@ pub(crate) async fn copy(
     let cluster = target.chain()[0].image.cluster_size();
     let unit = cluster.max(how.sparse.next_power_of_two()).max(4096);
     let (source, target) = (Rc::clone(source), Rc::clone(target));
-    let copy = Rc::new(Copy { source, target, len, how, unit });
+    let copy = Rc::new(Copy { source, target, len, how, unit, spare: RefCell::default() });
     let mut reads: VecDeque<Work<(u64, Iov)>> = VecDeque::new();
     let mut writes: FuturesUnordered<Work<u64>> = FuturesUnordered::new();
     let mut at = 0;
@@ -84,7 +87,7 @@ pub(crate) async fn copy(
                 Kind::Zero if how.target_is_zero && how.sparse > 0 => steps.add(run),
                 Kind::Zero => writes.push(ring::spawn(async move { copy.zero(start, run).await.map(|()| run) })),
                 Kind::Copy => reads.push_back(ring::spawn(async move {
-                    let bytes = Iov::alloc(run as usize);
+                    let bytes = copy.memory(run as usize);
                     copy.source.read(start, bytes.clone()).await.map(|()| (start, bytes))
                 })),
             }
@@ -100,7 +103,9 @@ pub(crate) async fn copy(
         let copy = Rc::clone(&copy);
         writes.push(ring::spawn(async move {
             let len = bytes.len() as u64;
-            copy.write(start, bytes).await.map(|()| len)
+            copy.write(start, bytes.clone()).await?;
+            copy.spare.borrow_mut().push(bytes);
+            Ok(len)
         }));
     }
     while let Some(written) = writes.next().await {
@@ -110,6 +115,13 @@ pub(crate) async fn copy(
 }
 
 impl Copy {
+    fn memory(&self, len: usize) -> Iov {
+        match self.spare.borrow_mut().pop() {
+            Some(spare) if spare.len() >= len => spare.slice(0..len),
+            _ => Iov::alloc(len),
+        }
+    }
+
     /// What becomes of the run at `at` (a multiple of the unit), and how long it is (as well, but at the end).
     async fn next(&self, at: u64) -> Result<(Kind, u64), String> {
         let left = self.len - at;

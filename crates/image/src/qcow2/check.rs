@@ -365,11 +365,20 @@ impl Scan {
             self.unread(&format!("the L2 table at {:#x}", table.get()), &error);
             return Ok(());
         }
-        let bytes = bytes.to_vec();
-        for (n, entry) in bytes.as_chunks::<8>().0.chunks(words).enumerate() {
-            let raw = u64::from_be_bytes(entry[0]);
-            let extended = entry.get(1).map_or(0, |word| u64::from_be_bytes(*word));
+        let entries = layout::qcow2::Slice::decode(&bytes.to_vec());
+        let entries = entries.raw();
+        let mut next = 0;
+        while next < entries.len() / words {
+            let n = next;
+            let (raw, extended) = (entries[n * words], if words == 2 { entries[n * words + 1] } else { 0 });
+            next += 1;
             if raw == 0 && extended == 0 {
+                continue;
+            }
+            // What nearly every image is made of: plain clusters, one behind the other.
+            let run = plain_run(&entries[n * words..], words, header.cluster_size());
+            if run > 1 && self.count_run(raw, run as u64, header, owner)? {
+                next = n + run;
                 continue;
             }
             let guest = index * header.table_reach() + n as u64 * header.cluster_size();
@@ -396,6 +405,23 @@ impl Scan {
             }
         }
         Ok(())
+    }
+
+    /// Counts plain clusters that lie one behind the other, if nothing is wrong with any of them.
+    fn count_run(&mut self, raw: u64, run: u64, header: &Header, owner: Owner) -> Walk<bool> {
+        let at = raw & OFFSET;
+        let first = at >> header.cluster_bits;
+        let sound = at != 0 && at.is_multiple_of(header.cluster_size()) && first + run <= self.clusters;
+        if !sound || self.metadata.seek(first, first + run, true).is_some() {
+            return Ok(false);
+        }
+        self.counts.add_run(first, run)?;
+        if owner == Owner::Active {
+            self.report.allocated_clusters += run;
+            self.report.fragmented_clusters += u64::from(self.next_data.is_some_and(|next| next != first));
+            self.next_data = Some(first + run);
+        }
+        Ok(true)
     }
 
     /// Counts what an entry refers to, unless something is wrong with it.
@@ -469,17 +495,24 @@ impl Scan {
                 number += 1;
                 continue;
             }
-            let bytes = bytes.to_vec();
+            let counted = refcount::all(&bytes.to_vec(), header.refcount_order);
             let mut at = 0;
             while at < per_block {
                 let (run, len) = self.counts.run(first + at);
                 let len = len.min(per_block - at);
+                let counted = counted.get(at as usize..(at + len) as usize).unwrap_or_default();
                 let mut wrong = Vec::new();
-                for n in 0..len {
-                    let counted = refcount::get(&bytes, header.refcount_order, at + n);
-                    let references = run.map_or(0, |run| run[n as usize]);
-                    if counted != u64::from(references) {
-                        wrong.push((first + at + n, counted, references));
+                match run {
+                    Some(run) => {
+                        let pairs = counted.iter().zip(run).enumerate();
+                        let differ = pairs.filter(|(_, (counted, references))| **counted != u64::from(**references));
+                        wrong.extend(
+                            differ.map(|(n, (counted, references))| (first + at + n as u64, *counted, *references)),
+                        );
+                    }
+                    None => {
+                        let in_use = counted.iter().enumerate().filter(|(_, counted)| **counted != 0);
+                        wrong.extend(in_use.map(|(n, counted)| (first + at + n as u64, *counted, 0)));
                     }
                 }
                 for (cluster, counted, references) in wrong {
@@ -532,9 +565,21 @@ impl Scan {
                 continue;
             }
             // Clusters of a table that is shared are shared, too: their references say so.
-            for (n, entry) in bytes.to_vec().as_chunks::<8>().0.chunks(words).enumerate() {
-                let raw = u64::from_be_bytes(entry[0]);
-                let extended = entry.get(1).map_or(0, |word| u64::from_be_bytes(*word));
+            let entries = layout::qcow2::Slice::decode(&bytes.to_vec());
+            let entries = entries.raw();
+            let mut next = 0;
+            while next < entries.len() / words {
+                let n = next;
+                let (raw, extended) = (entries[n * words], if words == 2 { entries[n * words + 1] } else { 0 });
+                next += 1;
+                if raw == 0 {
+                    continue;
+                }
+                let run = plain_run(&entries[n * words..], words, header.cluster_size());
+                if run > 1 && is_own(raw) && self.all_once((raw & OFFSET) >> header.cluster_bits, run as u64) {
+                    next = n + run;
+                    continue;
+                }
                 let plain = !matches!(L2Entry::decode(raw, extended, header), Ok(L2Entry::Packed(_)) | Err(_));
                 if raw & OFFSET != 0 && plain {
                     let place = table + (n * words) as u64 * 8;
@@ -543,6 +588,20 @@ impl Scan {
             }
         }
         Ok(())
+    }
+
+    /// Whether each of `len` clusters from `first` on is referred to once.
+    fn all_once(&self, first: u64, len: u64) -> bool {
+        let mut at = first;
+        while at < first + len {
+            let (Some(run), step) = self.counts.run(at) else { return false };
+            let step = step.min(first + len - at);
+            if run[..step as usize].iter().any(|count| *count != 1) {
+                return false;
+            }
+            at += step;
+        }
+        true
     }
 
     async fn check_flag(
@@ -566,6 +625,19 @@ impl Scan {
         self.corrupt(format!("OFLAG_COPIED {what}={raw:x} refcount={references}"));
         Ok(())
     }
+}
+
+/// How many entries, the first included, are for plain clusters that lie one behind the other.
+fn plain_run(entries: &[u64], words: usize, cluster: u64) -> usize {
+    const COMPRESSED_OR_ZERO: u64 = 1 << 62 | 1;
+    let first = entries[0];
+    if first & COMPRESSED_OR_ZERO != 0 || words == 2 && entries[1] != u64::from(u32::MAX) {
+        return 0;
+    }
+    let alike = |(n, entry): &(usize, &[u64])| {
+        Some(entry[0]) == first.checked_add(*n as u64 * cluster) && (words == 1 || entry[1] == u64::from(u32::MAX))
+    };
+    entries.chunks_exact(words).enumerate().take_while(alike).count()
 }
 
 /// What is wrong with an entry.

@@ -24,10 +24,32 @@ pub(super) struct Counts {
 }
 
 impl Counts {
+    /// Counts one more reference to each of `len` clusters from `first` on.
+    pub(super) fn add_run(&mut self, first: u64, len: u64) -> Result<(), TooScattered> {
+        let mut at = first;
+        while at < first + len {
+            let chunk = self.chunk(at / CHUNK)?;
+            let inside = (at % CHUNK) as usize;
+            let end = (CHUNK as usize).min(inside + (first + len - at) as usize);
+            for count in &mut self.chunks[chunk][inside..end] {
+                *count = count.saturating_add(1);
+            }
+            at += (end - inside) as u64;
+        }
+        Ok(())
+    }
+
     /// Counts one more reference; how many there are now.
     pub(super) fn add(&mut self, cluster: u64) -> Result<u32, TooScattered> {
-        let key = cluster / CHUNK;
-        let at = match self.last {
+        let at = self.chunk(cluster / CHUNK)?;
+        let count = &mut self.chunks[at][(cluster % CHUNK) as usize];
+        *count = count.saturating_add(1);
+        Ok(*count)
+    }
+
+    /// The chunk with this key, made if there is none.
+    fn chunk(&mut self, key: u64) -> Result<usize, TooScattered> {
+        Ok(match self.last {
             Some((last, at)) if last == key => at,
             _ => {
                 let next = self.chunks.len();
@@ -42,10 +64,7 @@ impl Counts {
                 self.last = Some((key, at));
                 at
             }
-        };
-        let count = &mut self.chunks[at][(cluster % CHUNK) as usize];
-        *count = count.saturating_add(1);
-        Ok(*count)
+        })
     }
 
     /// The references to a cluster.
@@ -83,6 +102,8 @@ mod tests {
         assert_eq!(counts.end(), u64::MAX / 2 + 1);
         assert_eq!(counts.run(4).0.unwrap()[..3], [0, 3, 0]);
         assert_eq!(counts.run(CHUNK), (None, CHUNK));
+        counts.add_run(CHUNK - 2, CHUNK + 4).unwrap();
+        assert_eq!([CHUNK - 3, CHUNK - 2, CHUNK, 2 * CHUNK + 1, 2 * CHUNK + 2].map(|n| counts.get(n)), [0, 1, 1, 1, 0]);
     }
 
     #[test]

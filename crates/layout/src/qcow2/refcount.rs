@@ -25,6 +25,15 @@ pub fn get(block: &[u8], order: u32, index: u64) -> u64 {
     number.iter().fold(0, |value, byte| value << 8 | u64::from(*byte))
 }
 
+/// All refcounts of a block.
+pub fn all(block: &[u8], order: u32) -> Vec<u64> {
+    match order {
+        // What nearly every image has.
+        4 => block.as_chunks().0.iter().map(|number| u64::from(u16::from_be_bytes(*number))).collect(),
+        _ => (0..((block.len() as u64) * 8) >> order).map(|index| get(block, order, index)).collect(),
+    }
+}
+
 /// Sets the refcount at `index`, which is in the block, to `value`, which fits.
 pub fn set(block: &mut [u8], order: u32, index: u64, value: u64) {
     let index = index as usize;
@@ -59,6 +68,7 @@ mod tests {
             for index in 0..entries {
                 assert_eq!(get(&block, order, index), value(index), "order {order}, {index}");
             }
+            assert_eq!(all(&block, order), (0..entries).map(value).collect::<Vec<_>>());
             set(&mut block, order, 3, 0);
             assert_eq!((get(&block, order, 2), get(&block, order, 3), get(&block, order, 4)), (value(2), 0, value(4)));
             assert_eq!(get(&block, order, entries), 0, "past the end");
