@@ -336,10 +336,18 @@ fn what_is_said_of_images_is_the_same() -> Result {
         "create -f qcow2 -o compat=0.10 b.qcow2 20M",
         "create -f qcow2 -o extended_l2=on,lazy_refcounts=on,refcount_bits=64,compression_type=zstd c.qcow2 20M",
         "create -f qcow2 -b a.qcow2 -F qcow2 d.qcow2",
+        "create -f qcow2 -o preallocation=metadata,cluster_size=4k g.qcow2 20M",
+        "create -f qcow2 -o preallocation=falloc h.qcow2 5M",
+        "create -f qcow2 -o preallocation=full,extended_l2=on,cluster_size=16k i.qcow2 5M",
+        "create -f raw -o preallocation=falloc j.raw 5M",
+        "create -f raw -o preallocation=full k.raw 5M",
         "create -f qed -o cluster_size=4k e.qed 20M",
         "create -f raw f.raw 20M",
     ] {
         sides.same(line)?;
+    }
+    for (name, format) in [("g.qcow2", "qcow2"), ("h.qcow2", "qcow2"), ("i.qcow2", "qcow2"), ("k.raw", "raw")] {
+        sides.hold_the_same(name, format)?;
     }
     // One tool's image, so that lengths are the same too.
     for name in ["a.qcow2", "b.qcow2", "c.qcow2", "d.qcow2"] {

@@ -4,6 +4,20 @@ use crate::{BackingRef, Format, Result, qcow2};
 use std::rc::Rc;
 use store::Store;
 
+/// What of a new image has its place before anything is written.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Preallocation {
+    /// Nothing.
+    #[default]
+    Off,
+    /// Every cluster has its place; the space is taken when it is written to.
+    Metadata,
+    /// The space is taken too.
+    Falloc,
+    /// Zeros are written.
+    Full,
+}
+
 /// What a new image is to be.
 #[derive(Clone, Debug)]
 pub struct CreateOptions {

@@ -200,6 +200,13 @@ pub trait Image: 'static {
         Box::pin(async { Err(error) })
     }
 
+    /// Gives every cluster of a new image its place. Nothing else is in flight; durable when it returns.
+    fn preallocate(&self, how: create::Preallocation) -> ImageFuture<'_, ()> {
+        let what = format!("the format '{}' has no preallocation '{how:?}'", self.format());
+        let error = Error::new(ErrorKind::Unsupported, self.store().name(), None, what);
+        Box::pin(async move { if how == create::Preallocation::Off { Ok(()) } else { Err(error) } })
+    }
+
     /// Makes everything unallocated: what lies below shows through again. Nothing else is in flight; durable when it returns.
     fn empty(&self) -> ImageFuture<'_, ()> {
         let what = format!("the format '{}' cannot be emptied", self.format());

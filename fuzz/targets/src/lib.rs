@@ -28,6 +28,7 @@ pub const TARGETS: &[Target] = &[
     ("nbd_client", nbd::client),
     ("nbd_server", nbd::server),
     ("qcow2_image", qcow2::image),
+    ("qcow2_repair", qcow2::repair),
     ("qed_header", mutation::header_stands),
     ("qed_image", mutation::image_stands),
     ("qmp_framer", qmp::framer),

@@ -3,7 +3,9 @@
 //! An input that begins like an image is one. Any other is a list of changes to a sound image that is built here, seven bytes
 //! each: where (three bytes), what (four).
 
-use image::{ErrorKind, Format, Mapping, OpenOptions};
+use crate::guest::Guest;
+use image::create::CreateOptions;
+use image::{CheckReport, ErrorKind, Format, Mapping, OpenOptions, Repair, qcow2};
 use layout::qcow2::Header;
 use layout::{GuestOffset, GuestRange};
 use ring::Iov;
@@ -86,5 +88,80 @@ pub(crate) fn image(input: &[u8]) {
             rest = rest.skip(mapped.len);
         }
         image.close().await.expect("memory closes");
+    });
+}
+
+/// Sound images of some geometries, with a snapshot and every kind of cluster, made by what is tested.
+async fn full(kind: u8) -> Vec<u8> {
+    let plain = qcow2::Options::default();
+    let (cluster, qcow2) = match kind % 4 {
+        0 => (4096, plain),
+        1 => (512, qcow2::Options { refcount_bits: 2, ..plain }),
+        2 => (16384, qcow2::Options { extended_l2: true, refcount_bits: 64, ..plain }),
+        _ => (4096, qcow2::Options { version: 2, ..plain }),
+    };
+    let store = MemoryStore::new("sound.qcow2", 0);
+    let options = CreateOptions { cluster_size: Some(cluster), qcow2, ..CreateOptions::new(Format::Qcow2, 1 << 20) };
+    image::create::create(store.clone(), &options).await.expect("a sound image");
+    let image = image::open(store.clone(), Format::Qcow2, OpenOptions::default()).await.expect("a sound image");
+    let guest = Guest::new(image, &[]);
+    let steps = async {
+        for n in 0..6_u64 {
+            guest.write(n * n * 3 * cluster % (1 << 19), &vec![n as u8 + 1; 2 * cluster as usize]).await?;
+        }
+        guest.image.write_zeroes(GuestRange::new(GuestOffset(32 * cluster), 2 * cluster), true, true).await?;
+        guest.image.pack(GuestOffset(40 * cluster), Iov::from_slice(&vec![7; cluster as usize])).await?;
+        guest.image.snapshot(image::SnapshotAction::Create("one".to_owned(), (1, 2))).await?;
+        guest.write(0, &vec![9; cluster as usize]).await?;
+        guest.image.close().await
+    };
+    steps.await.expect("a sound image");
+    store.to_vec()
+}
+
+async fn check(store: std::rc::Rc<MemoryStore>, repair: Repair) -> image::Result<CheckReport> {
+    let options = OpenOptions { read_only: repair == Repair::None, for_check: true };
+    let image = image::open(store, Format::Qcow2, options).await?;
+    let report = image.check(repair).await;
+    let _ = image.close().await;
+    report
+}
+
+/// A damaged image is checked and repaired: what is left is what the repair says is left; what is said to be sound takes writes and
+/// stays sound; nothing takes more room than it may.
+pub(crate) fn repair(input: &[u8]) {
+    let Some((kind, changes)) = input.split_first() else { return };
+    Sim::new(3).block_on(async {
+        let mut bytes = full(*kind).await;
+        for change in changes.chunks_exact(7) {
+            let at = u32::from_be_bytes([0, change[0], change[1], change[2]]) as usize % (bytes.len() - 4);
+            bytes[at..at + 4].copy_from_slice(&change[3..]);
+        }
+        let store = MemoryStore::from_bytes("damaged.qcow2", &bytes);
+        let Ok(found) = check(store.clone(), Repair::None).await else { return };
+        let Ok(report) = check(store.clone(), Repair::All).await else { return };
+        let most = 3 * bytes.len() as u64 + (8 << 20);
+        assert!(store.peek().held() <= most, "{} bytes from {}", store.peek().held(), bytes.len());
+        let again = check(store.clone(), Repair::None).await.expect("it was opened before");
+        assert_eq!(
+            (again.corruptions, again.leaks, again.check_errors),
+            (report.corruptions, report.leaks, report.check_errors),
+            "found {found:#?}\nrepaired {report:#?}\nagain {again:#?}"
+        );
+        if !again.is_clean() {
+            return;
+        }
+        let image = image::open(store.clone(), Format::Qcow2, OpenOptions::default()).await;
+        let Ok(image) = image else { return };
+        let guest = Guest::new(image, &[]);
+        let room = guest.image.size().min(1 << 20);
+        for at in [0, room / 2, room.saturating_sub(5000)] {
+            // What is packed badly cannot be filled around; everything else can be written.
+            let _ = guest.write(at, &vec![0xfe; 5000.min(room - at) as usize]).await;
+        }
+        if guest.image.close().await.is_ok() {
+            let end = check(store, Repair::None).await.expect("it was opened before");
+            assert!(end.corruptions == 0 && end.leaks == 0, "{end:#?}");
+        }
     });
 }

@@ -5,10 +5,11 @@ use std::path::Path;
 use std::time::Instant;
 
 /// Mutations of each target's corpus. What takes long gets fewer.
-const ROUNDS: [(&str, u64); 8] = [
+const ROUNDS: [(&str, u64); 9] = [
     ("nbd_client", 20_000),
     ("nbd_server", 20_000),
     ("qcow2_image", 2_000),
+    ("qcow2_repair", 400),
     ("qed_header", 2_000),
     ("qed_image", 300),
     ("qmp_framer", 20_000),

@@ -8,7 +8,7 @@ use crate::images::{self, Look, format_named, on_ring};
 use crate::progress::Steps;
 use crate::size;
 use disk::{Disk, DiskOptions};
-use image::create::CreateOptions;
+use image::create::{CreateOptions, Preallocation};
 use image::{BackingRef, Format};
 use std::rc::Rc;
 
@@ -102,6 +102,9 @@ async fn into(args: &Args, source: &Rc<Source>, output: Format, target: &str) ->
         let mut wanted = Wanted::gather(&args.options, output)?;
         wanted.backing = wanted.backing.or_else(|| args.backing.clone());
         wanted.backing_format = wanted.backing_format.or_else(|| args.backing_format.clone());
+        if wanted.backing.is_some() && wanted.preallocation != Preallocation::Off {
+            return Err("Backing file and preallocation cannot be used at the same time".into());
+        }
         let size = wanted.size.unwrap_or(len);
         len = len.min(size);
         let backing = match (&wanted.backing, &wanted.backing_format) {
@@ -119,6 +122,7 @@ async fn into(args: &Args, source: &Rc<Source>, output: Format, target: &str) ->
             ..CreateOptions::new(output, size.next_multiple_of(512))
         };
         create::write(target, &options).await?;
+        create::preallocate(target, output, wanted.preallocation).await?;
     }
     let writable = Look { format: Some(output), writable: true, no_flush: args.cache == "unsafe", ..Look::default() };
     let chain = images::open(target, writable).await?;

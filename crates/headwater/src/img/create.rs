@@ -8,7 +8,7 @@ use crate::images::{self, Look, format_named, on_ring};
 use crate::size;
 use crate::tool;
 use disk::chain::{FileOpener, Opener};
-use image::create::{CreateOptions, create, validate};
+use image::create::{CreateOptions, Preallocation, create, validate};
 use image::{BackingRef, Format, qcow2};
 use std::path::Path;
 use store::file::{FileStore, OpenOptions};
@@ -49,6 +49,7 @@ pub(crate) struct Wanted {
     pub(crate) cluster_size: Option<u64>,
     pub(crate) table_size: Option<u32>,
     pub(crate) qcow2: qcow2::Options,
+    pub(crate) preallocation: Preallocation,
 }
 
 pub(crate) fn run(args: Args) -> Outcome {
@@ -67,6 +68,9 @@ fn gather(args: &Args, format: Format) -> Result<Wanted, String> {
         backing_format: wanted.backing_format.or_else(|| args.backing_format.clone()),
         ..wanted
     };
+    if wanted.backing.is_some() && wanted.preallocation != Preallocation::Off {
+        return Err("Backing file and preallocation cannot be used at the same time".into());
+    }
     if format == Format::Raw && wanted.backing.is_some() {
         return Err("Backing file not supported for file format 'raw'".into());
     }
@@ -90,11 +94,23 @@ impl Wanted {
                     wanted.table_size =
                         Some(u32::try_from(clusters).map_err(|_| format!("Invalid table_size '{value}'"))?);
                 }
+                ("preallocation", Format::Qcow2 | Format::Raw) => wanted.preallocation = preallocation(value)?,
                 (_, Format::Qcow2) => qcow2_option(&mut wanted.qcow2, key, value)?,
                 _ => return Err(format!("Invalid parameter '{key}'")),
             }
         }
         Ok(wanted)
+    }
+}
+
+/// A mode of preallocation, as users write it.
+pub(crate) fn preallocation(value: &str) -> Result<Preallocation, String> {
+    match value {
+        "off" => Ok(Preallocation::Off),
+        "metadata" => Ok(Preallocation::Metadata),
+        "falloc" => Ok(Preallocation::Falloc),
+        "full" => Ok(Preallocation::Full),
+        _ => Err(format!("Parameter 'preallocation' does not accept value '{value}'")),
     }
 }
 
@@ -186,14 +202,27 @@ async fn make(args: &Args, format: Format, wanted: Wanted) -> Result<(), String>
         table_size: wanted.table_size,
         qcow2: wanted.qcow2,
     };
+    let preallocation = wanted.preallocation;
     let warnings = validate(&options).map_err(|e| format!("{file}: {e}"))?;
     if !args.quiet {
-        println!("{}", formatting_line(file, &options));
+        println!("{}", formatting_line(file, &options, preallocation));
         for warning in warnings {
             tool::complain(&format!("warning: {warning}"));
         }
     }
-    write(file, &options).await
+    write(file, &options).await?;
+    preallocate(file, format, preallocation).await
+}
+
+/// Gives a new image's clusters their places.
+pub(crate) async fn preallocate(file: &str, format: Format, how: Preallocation) -> Result<(), String> {
+    if how == Preallocation::Off {
+        return Ok(());
+    }
+    let look = Look { format: Some(format), writable: true, no_backing: true, ..Look::default() };
+    let chain = images::open(file, look).await?;
+    let done = chain[0].image.preallocate(how).await.map_err(|error| format!("{file}: {error}"));
+    images::close(&chain).await.and(done)
 }
 
 /// The backing file's format (stated or found) and the size a guest sees in it. Its own chain is opened too: an overlay over
@@ -228,7 +257,7 @@ pub(crate) async fn write(file: &str, options: &CreateOptions) -> Result<(), Str
     closed.map_err(|e| format!("{file}: {e}"))
 }
 
-fn formatting_line(file: &str, options: &CreateOptions) -> String {
+fn formatting_line(file: &str, options: &CreateOptions, preallocation: Preallocation) -> String {
     use std::fmt::Write;
     let mut line = format!("Formatting '{file}', fmt={} size={}", options.format, options.size);
     if let Some(backing) = &options.backing {
@@ -238,7 +267,7 @@ fn formatting_line(file: &str, options: &CreateOptions) -> String {
         }
     }
     if options.format == Format::Qcow2 {
-        return qcow2_line(file, options);
+        return qcow2_line(file, options, preallocation);
     }
     if options.format == Format::Qed {
         let _ = write!(line, " cluster_size={}", options.cluster_size.unwrap_or(65536));
@@ -246,11 +275,22 @@ fn formatting_line(file: &str, options: &CreateOptions) -> String {
             let _ = write!(line, " table_size={clusters}");
         }
     }
+    line.push_str(preallocation_word(preallocation));
     line
 }
 
+/// How `Formatting` shows a mode of preallocation.
+fn preallocation_word(how: Preallocation) -> &'static str {
+    match how {
+        Preallocation::Off => "",
+        Preallocation::Metadata => " preallocation=metadata",
+        Preallocation::Falloc => " preallocation=falloc",
+        Preallocation::Full => " preallocation=full",
+    }
+}
+
 /// The same for QCOW2, whose options come first.
-fn qcow2_line(file: &str, options: &CreateOptions) -> String {
+fn qcow2_line(file: &str, options: &CreateOptions, preallocation: Preallocation) -> String {
     use std::fmt::Write;
     let on = |on: bool| if on { "on" } else { "off" };
     let own = options.qcow2;
@@ -259,9 +299,10 @@ fn qcow2_line(file: &str, options: &CreateOptions) -> String {
         qcow2::Compression::Zstd => "zstd",
     };
     let mut line = format!(
-        "Formatting '{file}', fmt=qcow2 cluster_size={} extended_l2={} compression_type={compression} size={}",
+        "Formatting '{file}', fmt=qcow2 cluster_size={} extended_l2={}{} compression_type={compression} size={}",
         options.cluster_size.unwrap_or(65536),
         on(own.extended_l2),
+        preallocation_word(preallocation),
         options.size
     );
     if let Some(backing) = &options.backing {
@@ -298,7 +339,7 @@ mod tests {
             ..CreateOptions::new(Format::Qed, 20 << 20)
         };
         assert_eq!(
-            formatting_line("my2.qed", &options),
+            formatting_line("my2.qed", &options, Preallocation::Off),
             "Formatting 'my2.qed', fmt=qed size=20971520 backing_file=master.img backing_fmt=raw cluster_size=131072 table_size=8"
         );
     }

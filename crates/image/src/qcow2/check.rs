@@ -6,7 +6,8 @@
 //! **Invariants.**
 //! * Tables are streamed; memory is the number of references to each cluster, bounded by what the store really holds.
 //! * What could not be read is not judged: then nothing is called a leak, and nothing is repaired on its account.
-//! * Metadata is claimed before the first data cluster is judged: data that lies where metadata is, is found.
+//! * Tables are claimed before the first data cluster is judged: data that lies where a table is, is found. Refcounts come last:
+//!   they can be made anew from everything else, so they never take anything's place.
 
 use super::Core;
 use super::counts::{Counts, TooScattered};
@@ -139,12 +140,6 @@ impl Scan {
         let header = core.header.get();
         self.claim(HostOffset::ZERO.range(1), &header, "the header")?;
         self.claim(header.l1_range(), &header, "the L1 table")?;
-        let table = header.refcount_table.range(header.refcount_table_bytes());
-        self.bad_table = !self.claim(table, &header, "the refcount table")? || table.is_empty();
-        if self.bad_table && table.is_empty() {
-            self.corrupt("the image has no refcount table".to_owned());
-        }
-        self.claim_blocks(core, &header)?;
         self.walk_snapshots(core, &header).await?;
         self.walk_bitmaps(core, &header).await?;
         let l1 = core.tables.borrow().l1().get(..header.l1_entries as usize).unwrap_or_default().to_vec();
@@ -155,8 +150,44 @@ impl Scan {
         if let Some(fixer) = fixer {
             fixer.finish(core).await.map_err(Stop::Failed)?;
         }
+        self.claim_refcounts(core, &header)?;
         self.compare(core, &header).await?;
         self.check_flags(core, &header, false).await
+    }
+
+    /// Counts the refcount table and its blocks, last: they can be made anew from everything else, so where something else is too,
+    /// it is they that are wrong.
+    fn claim_refcounts(&mut self, core: &Core, header: &Header) -> Walk<()> {
+        let table = header.refcount_table.range(header.refcount_table_bytes());
+        self.bad_table = table.is_empty() || !self.claim_free(table, header)?;
+        if self.bad_table {
+            self.corrupt(format!("the refcount table at offset {:#x} cannot be there", table.start().get()));
+            return Ok(());
+        }
+        let blocks = core.refcounts.borrow().table().to_vec();
+        for (number, raw) in blocks.into_iter().enumerate() {
+            let at = HostOffset(raw & refcount::BLOCK_OFFSET);
+            if at.get() == 0 {
+                continue;
+            }
+            let sound =
+                at.is_aligned(header.cluster_size()) && self.claim_free(at.range(header.cluster_size()), header)?;
+            if !sound {
+                self.corrupt(format!("refcount block {number} cannot be at offset {:#x}", at.get()));
+                self.bad_blocks.push(number as u64);
+            }
+        }
+        Ok(())
+    }
+
+    /// Counts clusters that nothing else refers to; false where something does, or the file has ended.
+    fn claim_free(&mut self, range: HostRange, header: &Header) -> Walk<bool> {
+        let clusters = range.start().get() >> header.cluster_bits..range.end().get().div_ceil(header.cluster_size());
+        if clusters.end > self.clusters || clusters.clone().any(|cluster| self.counts.get(cluster) > 0) {
+            return Ok(false);
+        }
+        self.counts.add_run(clusters.start, clusters.end - clusters.start)?;
+        Ok(true)
     }
 
     /// Counts the clusters of metadata. False, and a corruption, where they cannot be that.
@@ -178,26 +209,6 @@ impl Scan {
             self.corrupt(format!("{what} at offset {:#x} overlaps other metadata", range.start().get()));
         }
         Ok(sound)
-    }
-
-    fn claim_blocks(&mut self, core: &Core, header: &Header) -> Walk<()> {
-        let table = core.refcounts.borrow().table().to_vec();
-        for (number, raw) in table.into_iter().enumerate() {
-            let at = raw & refcount::BLOCK_OFFSET;
-            if at == 0 {
-                continue;
-            }
-            let sound = if at.is_multiple_of(header.cluster_size()) {
-                self.claim(HostOffset(at).range(header.cluster_size()), header, &format!("refcount block {number}"))?
-            } else {
-                self.corrupt(format!("refcount block {number} is not cluster aligned; refcount table entry corrupted"));
-                false
-            };
-            if !sound {
-                self.bad_blocks.push(number as u64);
-            }
-        }
-        Ok(())
     }
 
     async fn walk_snapshots(&mut self, core: &Rc<Core>, header: &Header) -> Walk<()> {
@@ -734,7 +745,8 @@ impl Core {
             self.settle().await?;
         }
         let before = Scan::run(self, None).await?.report;
-        if repair == Repair::None || before.is_clean() {
+        // What cannot be read today may be readable another day: nothing is given up on its account.
+        if repair == Repair::None || before.is_clean() || before.check_errors > 0 {
             if repair == Repair::All && before.is_clean() {
                 self.clear_marks().await?;
             }
@@ -755,7 +767,8 @@ impl Core {
 
     /// After an unclean end: refcounts may be behind. They are set right before anything is written.
     pub(super) async fn recover(self: &Rc<Self>) -> Result<()> {
-        let report = self.repair(Repair::All).await?;
+        let found = Scan::run(self, None).await?.report;
+        let report = if found.check_errors > 0 { found } else { self.repair(Repair::All).await? };
         if !report.is_clean() {
             let first = report.messages.first().cloned().unwrap_or_default();
             let what = format!(

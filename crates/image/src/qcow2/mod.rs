@@ -38,6 +38,7 @@ mod create;
 mod header;
 mod open;
 mod pack;
+mod preallocate;
 mod refcount;
 mod repair;
 mod resolve;
@@ -52,6 +53,7 @@ pub(crate) use open::open;
 pub use open::open_with_table_memory;
 
 use crate::commits::Commits;
+use crate::create::Preallocation;
 use crate::health::Health;
 use crate::room::Room;
 use crate::slices::SliceCache;
@@ -264,6 +266,11 @@ impl Image for Qcow2Image {
     fn pack(&self, at: GuestOffset, bytes: Iov) -> ImageFuture<'_, bool> {
         let core = self.core.clone();
         Box::pin(ring::spawn(async move { core.pack(at, bytes).await }))
+    }
+
+    fn preallocate(&self, how: Preallocation) -> ImageFuture<'_, ()> {
+        let core = self.core.clone();
+        Box::pin(ring::spawn(async move { core.preallocate(how).await }))
     }
 
     fn empty(&self) -> ImageFuture<'_, ()> {

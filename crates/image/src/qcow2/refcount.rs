@@ -35,7 +35,7 @@ pub(super) struct Refcounts {
     blocks: HashMap<u64, Block>,
     /// Pages of blocks that differ from what is on disk.
     dirty: BTreeSet<(u64, u64)>,
-    /// Blocks that the table on disk does not lead to yet.
+    /// Blocks whose entry in the table on disk is not what it should be yet.
     fresh: BTreeSet<u64>,
     /// Where the table will be: it has become too short.
     moving: Option<HostRange>,
@@ -63,6 +63,7 @@ impl Refcounts {
             self.blocks.remove(number);
             if let Some(entry) = self.table.get_mut(*number as usize) {
                 *entry = 0;
+                self.fresh.insert(*number);
             }
         }
     }

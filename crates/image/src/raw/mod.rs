@@ -13,11 +13,13 @@ mod open;
 pub(crate) use create::{create, validate};
 pub(crate) use open::open;
 
+use crate::create::Preallocation;
 use crate::{
     BackingRef, CheckReport, Error, ErrorKind, Format, Image, ImageFuture, ImageInfo, Mapped, Mapping, Purpose, Repair,
     Reservation, Result,
 };
 use layout::{GuestRange, HostOffset, HostRange};
+use ring::Iov;
 use std::cell::{Cell, RefCell};
 use std::rc::Rc;
 use store::{Store, ZeroMode};
@@ -138,6 +140,31 @@ impl Image for RawImage {
 
     fn settle(&self) -> ImageFuture<'_, ()> {
         self.commit()
+    }
+
+    fn preallocate(&self, how: Preallocation) -> ImageFuture<'_, ()> {
+        Box::pin(async move {
+            self.check_writable()?;
+            let all = HostOffset::ZERO.range(self.size.get());
+            match how {
+                Preallocation::Off => return Ok(()),
+                Preallocation::Metadata => {
+                    let what = "raw images have no metadata to preallocate; 'falloc' and 'full' are what there is";
+                    return Err(self.error(ErrorKind::InvalidArgument, what));
+                }
+                Preallocation::Falloc => self.store.allocate(all).await?,
+                Preallocation::Full => {
+                    let zeros = Iov::zeroed(1 << 20);
+                    let mut rest = all;
+                    while !rest.is_empty() {
+                        let part = rest.first(zeros.len() as u64);
+                        self.store.write(part.start(), zeros.slice(0..part.len() as usize), false).await?;
+                        rest = rest.skip(part.len());
+                    }
+                }
+            }
+            self.barrier().await
+        })
     }
 
     fn resize(&self, size: u64) -> ImageFuture<'_, ()> {

@@ -1,0 +1,75 @@
+//! Preallocation: a new image whose clusters all have their places before anything is written.
+//!
+//! **Invariants.** Data lies in the file as it does on the disk, in one run for each L2 table. What has its place reads as zeros:
+//! places come from behind the end of the file.
+
+use super::Core;
+use crate::Result;
+use crate::create::Preallocation;
+use layout::GuestOffset;
+use layout::qcow2::L2Entry;
+use ring::Iov;
+use std::rc::Rc;
+
+/// Zeros are written in parts of this.
+const ZEROS: u64 = 1 << 20;
+
+impl Core {
+    /// See [`crate::Image::preallocate`].
+    pub(super) async fn preallocate(self: &Rc<Self>, how: Preallocation) -> Result<()> {
+        if how == Preallocation::Off {
+            return Ok(());
+        }
+        self.health.check_writable()?;
+        let header = self.header.get();
+        let (cluster, words) = (header.cluster_size(), self.words());
+        let end = GuestOffset(header.size).align_up(cluster);
+        let zeros = Iov::zeroed(ZEROS as usize);
+        let mut at = GuestOffset::ZERO;
+        while at < end {
+            let (table, first) = self.pin_entry(at).await?;
+            let stop = GuestOffset(at.get() + header.table_reach()).align_down(header.table_reach()).min(end);
+            drop(first);
+            let mut held = self.room.take_whole(stop - at).await?;
+            held.zero().await?;
+            self.prepare_to_count(held.range()).await?;
+            let range = held.range();
+            match how {
+                Preallocation::Falloc => self.store.allocate(range).await?,
+                Preallocation::Full => {
+                    let mut rest = range;
+                    while !rest.is_empty() {
+                        let part = rest.first(ZEROS);
+                        self.store.write(part.start(), zeros.slice(0..part.len() as usize), false).await?;
+                        rest = rest.skip(part.len());
+                    }
+                }
+                Preallocation::Off | Preallocation::Metadata => {}
+            }
+            let mut place = held.keep().start();
+            self.count_later(range);
+            while at < stop {
+                let slice = self.pin_slice(self.slice_of(at)).await?;
+                let slice_end = (self.slice_start(slice.number()) + self.slice_reach()).min(stop);
+                let index = self.word_of(at);
+                self.cache.borrow_mut().change(slice.number(), |slice| {
+                    for n in 0..((slice_end - at) / cluster) as usize {
+                        let entry = L2Entry::Data(place).encode_whole(&header);
+                        slice.set(index + n * words, entry.0);
+                        if words == 2 {
+                            slice.set(index + n * words + 1, entry.1);
+                        }
+                        place = place + cluster;
+                    }
+                });
+                at = slice_end;
+            }
+            table.link();
+            drop(table);
+            if self.cache.borrow().is_crowded() {
+                self.commit().await?;
+            }
+        }
+        self.settle().await
+    }
+}
