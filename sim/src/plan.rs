@@ -19,6 +19,8 @@ pub(crate) struct LayerShape {
     pub(crate) cluster_size: u64,
     pub(crate) table_size: u32,
     pub(crate) qcow2: qcow2::Options,
+    /// It holds an internal snapshot, taken in the middle of what was written before.
+    pub(crate) snapshot: bool,
     /// Made byte by byte, with kinds of clusters that nobody here writes.
     pub(crate) by_hand: bool,
 }
@@ -202,10 +204,12 @@ fn shape(dice: &Dice) -> Shape {
             _ => dice.pick(&[4096, 4096, 8192, 65536]),
         };
         let qcow2 = qcow2_options(dice, cluster_size);
-        layers.push(LayerShape { format, size, cluster_size, table_size: dice.pick(&[1, 2, 4]), qcow2, by_hand });
+        let table_size = dice.pick(&[1, 2, 4]);
+        layers.push(LayerShape { format, size, cluster_size, table_size, qcow2, snapshot: false, by_hand });
     }
     let qcow2 = qcow2_options(dice, cluster_size);
-    layers.push(LayerShape { format, size, cluster_size, table_size, qcow2, by_hand: false });
+    let snapshot = format == Format::Qcow2 && qcow2.refcount_bits > 1 && dice.percent(40);
+    layers.push(LayerShape { format, size, cluster_size, table_size, qcow2, snapshot, by_hand: false });
     Shape { layers, copy_on_read: dice.percent(60), write_through: dice.percent(10), discard: dice.percent(90) }
 }
 
@@ -288,8 +292,8 @@ impl fmt::Display for Plan {
             let name = self.shape.name(number);
             writeln!(
                 f,
-                "{name}: {}, {} sectors, clusters of {} bytes, tables of {}, {:?}",
-                layer.format, layer.size, layer.cluster_size, layer.table_size, layer.qcow2
+                "{name}: {}, {} sectors, clusters of {} bytes, tables of {}, {:?}, snapshot {}",
+                layer.format, layer.size, layer.cluster_size, layer.table_size, layer.qcow2, layer.snapshot
             )?;
         }
         let Shape { copy_on_read, write_through, discard, .. } = &self.shape;

@@ -81,7 +81,11 @@ impl World {
             below.resize(layer.size as usize, ZEROS);
             // The top starts empty, but for some that were in use before.
             let is_top = number + 1 == shape.layers.len();
-            if !is_top || world.dice.percent(30) {
+            if !is_top || layer.snapshot || world.dice.percent(30) {
+                world.write_layer(&name, number, &mut below).await?;
+            }
+            if layer.snapshot {
+                world.take_snapshot(&name).await?;
                 world.write_layer(&name, number, &mut below).await?;
             }
         }
@@ -125,6 +129,13 @@ impl World {
             content[run.first as usize..(run.first + run.count) as usize].fill(value);
         }
         disk.close().await
+    }
+
+    /// From here on what the image holds is shared: it is read where it is, and written elsewhere.
+    async fn take_snapshot(&self, name: &str) -> Result<()> {
+        let image = image::open(self.bytes(name)?, Format::Qcow2, OpenOptions::default()).await?;
+        image.snapshot(image::SnapshotAction::Create("before".to_owned(), (1, 0))).await?;
+        image.close().await
     }
 
     fn options(&self, name: &str) -> ChainOptions {

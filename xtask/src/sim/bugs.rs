@@ -21,6 +21,8 @@ const fn edit(file: &'static str, old: &'static str, new: &'static str) -> Edit 
 
 const COMMIT: &str = "crates/image/src/qed/commit.rs";
 const HEADER: &str = "crates/image/src/qed/header.rs";
+const QCOW2_COMMIT: &str = "crates/image/src/qcow2/commit.rs";
+const REFCOUNT: &str = "crates/image/src/qcow2/refcount.rs";
 const SPACE: &str = "crates/image/src/space.rs";
 const HEALTH: &str = "crates/image/src/health.rs";
 
@@ -207,6 +209,54 @@ pub(super) const BUGS: &[Bug] = &[
             HEALTH,
             "self.store.write(at, bytes, false).await.map_err(|e| self.fail(e.into()))",
             "self.store.write(at, bytes, false).await.map_err(Into::into)",
+        )],
+    },
+    Bug {
+        name: "QCOW2: a mapping is published before its data and refcounts are durable",
+        edits: &[edit(
+            QCOW2_COMMIT,
+            "        self.write_refcounts(zone).await?;\n        self.health.barrier().await?;\n",
+            "        self.write_refcounts(zone).await?;\n",
+        )],
+    },
+    Bug {
+        name: "QCOW2: a table's pointer is written without a barrier after the table",
+        edits: &[edit(
+            QCOW2_COMMIT,
+            "        self.health.barrier().await?;\n        if epoch.tables.is_empty() {\n            return Ok(());\n        }\n",
+            "        if epoch.tables.is_empty() {\n            return self.health.barrier().await;\n        }\n",
+        )],
+    },
+    Bug {
+        name: "QCOW2: what lies behind the end of the file is taken for free, though it is counted",
+        edits: &[edit(
+            REFCOUNT,
+            "let end = if growable { end } else { clusters };",
+            "let end = if growable { end.min(clusters) } else { clusters };",
+        )],
+    },
+    Bug {
+        name: "QCOW2: a replaced cluster is free before the table that let go of it is durable",
+        edits: &[edit(
+            "crates/image/src/qcow2/allocate.rs",
+            "core.room.space.borrow_mut().unlink(L2Entry::referred(current.0, &header));",
+            "core.room.space.borrow_mut().give_back(L2Entry::referred(current.0, &header));",
+        )],
+    },
+    Bug {
+        name: "QCOW2: what was linked is not counted",
+        edits: &[edit(
+            QCOW2_COMMIT,
+            "self.count_up(std::mem::take(&mut epoch.linked)).await;",
+            "self.count_up(epoch.linked.drain(1..).collect()).await;",
+        )],
+    },
+    Bug {
+        name: "QCOW2: a table that a snapshot refers to is changed where it is",
+        edits: &[edit(
+            "crates/image/src/qcow2/resolve.rs",
+            "Ok(L1Entry::Table(at)) => Ok(Table::Stored { at, own: is_own(raw) }),",
+            "Ok(L1Entry::Table(at)) => Ok(Table::Stored { at, own: is_own(raw) || raw > 0 }),",
         )],
     },
 ];
