@@ -45,6 +45,8 @@ pub(crate) struct Inner {
     pub(crate) counters: Counters,
     pub(crate) copy_on_read_budget: Semaphore,
     pub(crate) populate_budget: Semaphore,
+    /// Sharing extents with what lies below was not found to be impossible yet.
+    pub(crate) may_share: Cell<bool>,
     pub(crate) fill_budget: Semaphore,
     /// One change of size or of the chain at a time.
     pub(crate) reshaping: Mutex<()>,
@@ -79,6 +81,7 @@ impl Inner {
             counters: Counters::default(),
             copy_on_read_budget: Semaphore::new(COPY_ON_READ_BYTES),
             populate_budget: Semaphore::new(POPULATE_BYTES),
+            may_share: Cell::new(true),
             fill_budget: Semaphore::new(FILL_BYTES),
             reshaping: Mutex::new(()),
             incomplete,

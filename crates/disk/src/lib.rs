@@ -101,6 +101,8 @@ pub struct Stats {
     pub unmap_total_time_ns: u64,
     /// Bytes fetched from below the top (for guests and for populate).
     pub fetched_bytes: u64,
+    /// Bytes that a stream took over from below by sharing them, uncopied (reflink).
+    pub shared_bytes: u64,
     /// Bytes that copy-on-read has put into the top image.
     pub copy_on_read_bytes: u64,
     /// Highest offset written to in the top image's store.

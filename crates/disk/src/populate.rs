@@ -6,11 +6,13 @@
 //!   changing at that moment, are left alone and the space reserved for them is given back.
 //! * While the end of a stream is published, and against a chain that is no longer the disk's, nothing is populated.
 //! * Clusters of zeros take no space: they are marked, so that nobody fetches them again.
+//! * Where source and top lie on one file system that can share extents, a job's clusters are shared instead of copied; where it
+//!   turns out that they cannot, the disk stops trying.
 
 use crate::disk::Inner;
 use crate::fetch::Cause;
 use crate::read::usize_of;
-use crate::view::View;
+use crate::view::{Found, View};
 use crate::write::Fill;
 use crate::{Copied, Missing, StreamBase};
 use image::{ErrorKind, Keep, Linked, Mapping, Purpose, Reservation, Result};
@@ -19,6 +21,7 @@ use ring::Iov;
 use ring::sync::Event;
 use std::cell::Cell;
 use std::rc::Rc;
+use store::Shared;
 
 /// A job's request is fetched in parts of at most this (or one cluster, if that is larger), so that one large request does
 /// not take all the memory there is for fetches.
@@ -107,6 +110,8 @@ impl Inner {
         let most = POPULATE_FETCH.max(self.unit);
         let mut copied = Copied::default();
         let mut at = range.start();
+        // Where sharing was tried in vain.
+        let mut copy_until = at;
         while at < range.end() {
             // Before looking: from the look to the start of the fetch there shall be no await.
             let permit = self.populate_budget.acquire(usize_of(most.min(range.end() - at))).await;
@@ -121,6 +126,14 @@ impl Inner {
                 drop(permit);
                 at = missing.start() + self.unit;
                 self.complete(&view, missing.start().range(self.unit)).await?
+            } else if self.may_share.get() && missing.start() >= copy_until {
+                drop(permit);
+                at = missing.start();
+                let (outcome, tried) = self.share(&view, missing).await?;
+                copy_until = at + tried;
+                at = at + outcome.map_or(0, |outcome| outcome.data + outcome.left);
+                let Some(outcome) = outcome else { continue };
+                outcome
             } else {
                 at = missing.start();
                 if let Some(other) = self.fetches.covering(at) {
@@ -150,6 +163,36 @@ impl Inner {
         }
         copied.skipped = range.len().saturating_sub(copied.data + copied.zero);
         Ok(copied)
+    }
+
+    /// Takes over the first part of `missing` by sharing what holds it below, where that is possible; and how far it tried.
+    async fn share(self: &Rc<Self>, view: &Rc<View>, missing: GuestRange) -> Result<(Option<Outcome>, u64)> {
+        let nothing = |tried: u64| Ok((None, tried.max(1)));
+        let Some(_populating) = self.publishing.begin() else { return nothing(missing.len()) };
+        let clusters = missing.align_outward(self.unit);
+        let below = view.resolve(1, view.depth(), clusters.intersect(self.clip(clusters))).await?;
+        let whole = below.len & !(self.unit - 1);
+        let Found::Data(layer, host) = below.found else { return nothing(below.len) };
+        let (true, Some(source)) = (whole > 0, view.image(layer).store().sharable()) else { return nothing(below.len) };
+        if !self.is_current(view) || self.fetches.covering(missing.start()).is_some() {
+            return nothing(self.unit);
+        }
+        let reservation = self.reserve(clusters.first(whole), Purpose::Data).await?;
+        let part = reservation.range();
+        let to = self.place(&reservation)?;
+        let shared = self.top.store().share(source, host.range(part.len()), to).await?;
+        match shared {
+            Shared::Done => {}
+            Shared::NotThis => return nothing(part.len()),
+            Shared::Never => {
+                self.may_share.set(false);
+                return nothing(part.len());
+            }
+        }
+        self.flusher.changed();
+        self.counters.update(|s| s.shared_bytes += part.len());
+        let linked = self.link_where_unallocated(reservation);
+        Ok((Some(Outcome { data: linked.linked, zero: 0, left: linked.dropped }), part.len()))
     }
 
     /// Fills in what is missing of a cluster that the top has parts of (subclusters): it is put together anew, while guests'

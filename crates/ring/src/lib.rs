@@ -26,6 +26,7 @@ mod oneshot;
 mod reactor;
 mod runtime;
 mod shard;
+pub mod share;
 mod task;
 mod time;
 

@@ -17,6 +17,8 @@ pub use error::{Error, ErrorKind, Operation, Result};
 use futures_util::future::LocalBoxFuture;
 use layout::{HostOffset, HostRange};
 use ring::Iov;
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
 
 /// What an operation of a [`Store`] returns.
 pub type IoFuture<'a, T> = LocalBoxFuture<'a, Result<T>>;
@@ -44,6 +46,17 @@ pub struct HostExtent {
 pub struct ZeroMode {
     /// The space may be given back to the file system (a discard); otherwise it stays allocated where that is possible.
     pub unmap: bool,
+}
+
+/// What became of [`Store::share`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Shared {
+    /// Done.
+    Done,
+    /// Not here: places or lengths do not fit. Nothing has changed.
+    NotThis,
+    /// Never between these two: another file system, or one that cannot. Nothing has changed.
+    Never,
 }
 
 /// What a store can do and wants.
@@ -104,6 +117,18 @@ pub trait Store: 'static {
 
     /// The first run of `range` (not empty), all backed alike. Past the end is a hole. A store that cannot tell says data.
     fn extent(&self, range: HostRange) -> IoFuture<'_, HostExtent>;
+
+    /// The file whose extents another one may share, if this is a plain file.
+    fn sharable(&self) -> Option<Arc<OwnedFd>> {
+        None
+    }
+
+    /// Makes the bytes from `to` on hold what the file `source` ([`Store::sharable`]) holds in `from`, by sharing its extents: nothing
+    /// is copied. Counts as a write. A store that cannot says so.
+    fn share(&self, source: Arc<OwnedFd>, from: HostRange, to: HostOffset) -> IoFuture<'_, Shared> {
+        let _ = (source, from, to);
+        Box::pin(async { Ok(Shared::Never) })
+    }
 
     /// Gives up locks and descriptors once all operations have ended; a no-op the second time. Does not flush.
     fn close(&self) -> IoFuture<'_, ()>;

@@ -11,7 +11,9 @@ use ring::Iov;
 use std::cell::{Cell, RefCell};
 use std::collections::VecDeque;
 use std::fmt;
+use std::os::fd::OwnedFd;
 use std::rc::Rc;
+use std::sync::Arc;
 
 /// What happened to an operation.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -300,6 +302,14 @@ impl Store for TraceStore {
 
     fn extent(&self, range: HostRange) -> IoFuture<'_, HostExtent> {
         self.record(Operation::Extent, Some(range), false, self.inner.extent(range))
+    }
+
+    fn sharable(&self) -> Option<Arc<OwnedFd>> {
+        self.inner.sharable()
+    }
+
+    fn share(&self, source: Arc<OwnedFd>, from: HostRange, to: HostOffset) -> IoFuture<'_, crate::Shared> {
+        self.inner.share(source, from, to)
     }
 
     fn close(&self) -> IoFuture<'_, ()> {

@@ -41,7 +41,7 @@ const fn program(name: &'static str, package: &'static str, why: &'static str) -
     Program { name, package, why }
 }
 
-const PROGRAMS: [Program; 17] = [
+const PROGRAMS: [Program; 18] = [
     program("qemu-img", "qemu-utils", "makes, checks and compares images"),
     program("qemu-io", "qemu-utils", "reads and writes images"),
     program("qemu-nbd", "qemu-utils", "an NBD server to read from"),
@@ -56,6 +56,7 @@ const PROGRAMS: [Program; 17] = [
     program("fio", "fio", "load for the bench"),
     program("mke2fs", "e2fsprogs", "makes the guests' file systems"),
     program("e2fsck", "e2fsprogs", "checks the guests' file systems"),
+    program("mkfs.xfs", "xfsprogs", "makes a file system that shares extents"),
     program("busybox", "busybox-static", "the guests' user land"),
     program("xz", "xz-utils", "unpacks compressed kernel modules"),
     program("python3", "python3", "runs the qemu.qmp client"),

@@ -194,6 +194,7 @@ fn counters(stats: &Stats, top: bool) -> Value {
     });
     if top {
         counters["x-headwater-fetched-bytes"] = json!(stats.fetched_bytes);
+        counters["x-headwater-shared-bytes"] = json!(stats.shared_bytes);
         counters["x-headwater-copy-on-read-bytes"] = json!(stats.copy_on_read_bytes);
     }
     counters

@@ -18,7 +18,7 @@ mod zero;
 
 use crate::abandoned::{Abandoned, Change};
 use crate::memory::SIZE_MAX;
-use crate::{Error, ErrorKind, HostExtent, IoFuture, Limits, Operation, Result, Store, ZeroMode};
+use crate::{Error, ErrorKind, HostExtent, IoFuture, Limits, Operation, Result, Shared, Store, ZeroMode};
 use extent::Extents;
 use layout::{HostOffset, HostRange};
 use open::{Alignment, Opened};
@@ -362,6 +362,40 @@ impl Store for FileStore {
             store.extents.emptied(HostRange::between(HostOffset(size), HostOffset(u64::MAX)));
             result.map_err(|error| Error::from_io(Operation::SetSize, &store.name, Some(range), error))
         })
+    }
+
+    fn sharable(&self) -> Option<Arc<OwnedFd>> {
+        let open = self.open.borrow();
+        open.as_ref().filter(|_| !self.block_device).map(|open| Arc::clone(&open.fd))
+    }
+
+    fn share(&self, source: Arc<OwnedFd>, from: HostRange, to: HostOffset) -> IoFuture<'_, Shared> {
+        let range = to.range(from.len());
+        let check = move |store: &Self| store.changeable(Operation::Write, to, from.len());
+        let outcome = Rc::new(Cell::new(Shared::Never));
+        let told = Rc::clone(&outcome);
+        let change = self.change(Operation::Write, range, check, async move |store: &Self, open: &Open| {
+            let fd = Arc::clone(&open.fd);
+            let (at, len) = (from.start().get(), from.len());
+            let shared = ring::unblock(move || ring::share::share(source.as_fd(), at, len, fd.as_fd(), to.get()));
+            let refused = match shared.await {
+                Ok(()) => Shared::Done,
+                Err(error) => match error.raw_os_error() {
+                    Some(libc::EINVAL) => Shared::NotThis,
+                    Some(
+                        libc::EOPNOTSUPP | libc::EXDEV | libc::ENOTTY | libc::EPERM | libc::ETXTBSY | libc::ENOSYS,
+                    ) => Shared::Never,
+                    _ => return Err(Error::from_io(Operation::Write, &store.name, Some(range), error)),
+                },
+            };
+            told.set(refused);
+            if refused == Shared::Done {
+                store.extents.filled(range);
+                store.size.set(store.size.get().max(range.end().get()));
+            }
+            Ok(())
+        });
+        Box::pin(async move { change.await.map(|()| outcome.get()) })
     }
 
     fn allocate(&self, range: HostRange) -> IoFuture<'_, ()> {
