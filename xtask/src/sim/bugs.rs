@@ -220,14 +220,6 @@ pub(super) const BUGS: &[Bug] = &[
         )],
     },
     Bug {
-        name: "QCOW2: a table's pointer is written without a barrier after the table",
-        edits: &[edit(
-            QCOW2_COMMIT,
-            "        self.health.barrier().await?;\n        if epoch.tables.is_empty() {\n            return Ok(());\n        }\n",
-            "        if epoch.tables.is_empty() {\n            return self.health.barrier().await;\n        }\n",
-        )],
-    },
-    Bug {
         name: "QCOW2: what lies behind the end of the file is taken for free, though it is counted",
         edits: &[edit(
             REFCOUNT,
