@@ -19,6 +19,7 @@ pub mod process;
 pub mod qemu;
 pub mod qmp;
 pub mod random;
+pub mod sides;
 pub mod vhost;
 
 /// Whatever went wrong, in words for the reader of a failed test.

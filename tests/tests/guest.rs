@@ -1,4 +1,4 @@
-//! A real guest: Debian's cloud kernel under QEMU boots from a QED overlay over a raw master while the stream job runs. It
+//! A real guest: Debian's cloud kernel under QEMU boots from a QED (or QCOW2) overlay over a raw master while the stream job runs. It
 //! verifies the master's files, writes its own and syncs; after power-off the image stands alone.
 
 use std::ffi::OsStr;
@@ -28,10 +28,10 @@ const SCRIPT: &str = "report booted from $(grep ' / ' /proc/mounts | cut -d' ' -
      verify /\n\
      sha256sum -c /blob.sum >/dev/null && report blob intact\n";
 
-fn overlay(dir: &TempDir) -> Result<(Master, PathBuf)> {
+fn overlay(dir: &TempDir, format: &str) -> Result<(Master, PathBuf)> {
     let master = Master::build(dir.path(), &Spec::default())?;
-    let top = dir.path().join("my.qed");
-    let args = ["create", "-q", "-f", "qed", "-F", "raw", "-b"].map(OsStr::new);
+    let top = dir.path().join(format!("my.{format}"));
+    let args = ["create", "-q", "-f", format, "-F", "raw", "-b"].map(OsStr::new);
     headwater(args.into_iter().chain([master.image.as_os_str(), top.as_os_str()]))?.ok()?;
     Ok((master, top))
 }
@@ -44,15 +44,19 @@ fn serve(dir: &Path, top: &Path) -> Serve {
 fn sound(dir: &Path, top: &Path) -> Result<PathBuf> {
     check(top)?.ok()?;
     let raw = dir.join("after.raw");
-    let args = ["convert", "-f", "qed", "-O", "raw"].map(OsStr::new);
+    let args = ["convert", "-O", "raw"].map(OsStr::new);
     qemu_img(args.into_iter().chain([top.as_os_str(), raw.as_os_str()]))?.ok()?;
     master::e2fsck(&raw)?.ok()?;
     Ok(raw)
 }
 
-fn boots_while_it_arrives(export: impl Fn(Serve, &Path) -> Serve, disk: impl Fn(PathBuf) -> Disk) -> Result {
+fn boots_while_it_arrives(
+    format: &str,
+    export: impl Fn(Serve, &Path) -> Serve,
+    disk: impl Fn(PathBuf) -> Disk,
+) -> Result {
     let dir = tempfile::tempdir()?;
-    let (master, top) = overlay(&dir)?;
+    let (master, top) = overlay(&dir, format)?;
     let socket = dir.path().join("disk.sock");
     let server = export(serve(dir.path(), &top), &socket).start()?;
     let mut qmp = server.qmp()?;
@@ -89,13 +93,19 @@ fn boots_while_it_arrives(export: impl Fn(Serve, &Path) -> Serve, disk: impl Fn(
 #[test]
 fn over_vhost_user_blk() -> Result {
     peer!("headwater", "guest", "qemu-img", "mke2fs", "e2fsck", "debugfs");
-    boots_while_it_arrives(|serve, socket| serve.vhost_user(socket), Disk::VhostUser)
+    boots_while_it_arrives("qed", |serve, socket| serve.vhost_user(socket), Disk::VhostUser)
+}
+
+#[test]
+fn on_qcow2_over_vhost_user_blk() -> Result {
+    peer!("headwater", "guest", "qemu-img", "mke2fs", "e2fsck", "debugfs");
+    boots_while_it_arrives("qcow2", |serve, socket| serve.vhost_user(socket), Disk::VhostUser)
 }
 
 #[test]
 fn over_nbd() -> Result {
     peer!("headwater", "guest", "qemu-img", "mke2fs", "e2fsck", "debugfs");
-    boots_while_it_arrives(|serve, socket| serve.nbd(socket), |socket| Disk::Nbd(socket, "my".into()))
+    boots_while_it_arrives("qed", |serve, socket| serve.nbd(socket), |socket| Disk::Nbd(socket, "my".into()))
 }
 
 /// The daemon is killed under a running guest and comes back: QEMU reconnects, and the guest goes on.
@@ -103,7 +113,7 @@ fn over_nbd() -> Result {
 fn a_guest_outlives_its_daemon_over_nbd() -> Result {
     peer!("headwater", "guest", "qemu-img", "mke2fs", "e2fsck", "debugfs");
     let dir = tempfile::tempdir()?;
-    let (master, top) = overlay(&dir)?;
+    let (master, top) = overlay(&dir, "qed")?;
     let socket = dir.path().join("disk.sock");
     let mut server = serve(dir.path(), &top).nbd(&socket).start()?;
     let script = "echo before >/before; sync; report waiting\n\
@@ -131,7 +141,7 @@ fn a_guest_outlives_its_daemon_over_nbd() -> Result {
 fn a_guest_outlives_its_daemons_over_vhost_user_blk() -> Result {
     peer!("headwater", "guest", "qemu-img", "mke2fs", "e2fsck", "debugfs");
     let dir = tempfile::tempdir()?;
-    let (master, top) = overlay(&dir)?;
+    let (master, top) = overlay(&dir, "qed")?;
     let socket = dir.path().join("disk.sock");
     let start = || {
         let serve = Headwater::serve(dir.path()).image(&top).arg("--copy-on-read").arg("--stream=2M");

@@ -2,106 +2,19 @@
 //! same files in them, say the same, end the same, and leave images that hold the same.
 
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::{Command, Output};
 
-use headwater_tests::qemu::{check, qemu_io};
-use headwater_tests::random::Random;
+use headwater_tests::qemu::qemu_io;
+use headwater_tests::sides::{Sides, master};
 use headwater_tests::{Result, peer};
-use tempfile::TempDir;
-
-/// A folder for each side.
-struct Sides {
-    _dir: TempDir,
-    ours: PathBuf,
-    theirs: PathBuf,
-    tool: PathBuf,
-}
-
-impl Sides {
-    fn new() -> Result<Self> {
-        let dir = tempfile::tempdir()?;
-        let (ours, theirs, bin) = (dir.path().join("ours"), dir.path().join("theirs"), dir.path().join("bin"));
-        for folder in [&ours, &theirs, &bin] {
-            fs::create_dir(folder)?;
-        }
-        let tool = bin.join("qemu-img");
-        std::os::unix::fs::symlink(fs::canonicalize(peer::headwater()?)?, &tool)?;
-        Ok(Self { _dir: dir, ours, theirs, tool })
-    }
-
-    fn run(&self, line: &str) -> Result<(Output, Output)> {
-        let words: Vec<&str> = line.split_whitespace().collect();
-        let ours = Command::new(&self.tool).args(&words).current_dir(&self.ours).env("TZ", "UTC").output()?;
-        let theirs = Command::new("qemu-img").args(&words).current_dir(&self.theirs).env("TZ", "UTC").output()?;
-        Ok((ours, theirs))
-    }
-
-    /// Both end the same and say the same on standard output.
-    fn same(&self, line: &str) -> Result<String> {
-        let (ours, theirs) = self.run(line)?;
-        let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
-        assert_eq!(
-            ours.status.code(),
-            theirs.status.code(),
-            "{line}: {}\n{}",
-            text(&ours.stderr),
-            text(&theirs.stderr)
-        );
-        assert_eq!(text(&ours.stdout), text(&theirs.stdout), "{line}");
-        Ok(text(&ours.stdout))
-    }
-
-    /// Both fail with this exit code; ours says why, under the tool's name.
-    fn fails(&self, line: &str, code: i32) -> Result<String> {
-        let (ours, theirs) = self.run(line)?;
-        assert_eq!((ours.status.code(), theirs.status.code()), (Some(code), Some(code)), "{line}: {ours:?} {theirs:?}");
-        let said = String::from_utf8_lossy(&ours.stderr).into_owned();
-        assert!(said.starts_with("qemu-img: "), "{line}: {said}");
-        Ok(said)
-    }
-
-    /// The same change on both sides.
-    fn both(&self, change: impl Fn(&Path) -> Result) -> Result {
-        change(&self.ours)?;
-        change(&self.theirs)
-    }
-
-    /// An image holds the same on both sides, read by QEMU, which finds nothing wrong with ours.
-    fn hold_the_same(&self, name: &str, format: &str) -> Result {
-        let args = ["compare", "-f", format, "-F", format];
-        let (ours, theirs) = (self.ours.join(name), self.theirs.join(name));
-        let compared = Command::new("qemu-img").args(args).args([&ours, &theirs]).output()?;
-        assert!(compared.status.success(), "{name}: {compared:?}");
-        if format != "raw" {
-            check(&ours)?.ok()?;
-        }
-        Ok(())
-    }
-}
-
-/// A raw file with data, zeros and holes.
-fn master(path: &Path, size: u64, seed: u64) -> Result {
-    let mut random = Random::new(seed);
-    let file = fs::File::create(path)?;
-    file.set_len(size)?;
-    for n in 0..14 {
-        let mut bytes = vec![n; (random.below(300_000) + 1).min(size) as usize];
-        if n % 3 == 0 {
-            random.fill(&mut bytes);
-        }
-        let at = random.below(size - bytes.len() as u64 + 1) / 512 * 512;
-        std::os::unix::fs::FileExt::write_all_at(&file, &bytes, at)?;
-    }
-    Ok(())
-}
 
 const SIZE: u64 = 12 << 20;
 
 #[test]
 fn convert_reads_and_writes_what_qemu_imgs_does() -> Result {
     peer!("headwater", "qemu-img");
-    let sides = Sides::new()?;
+    let sides = Sides::new("qemu-img")?;
     sides.both(|dir| master(&dir.join("m.raw"), SIZE + 512, 1))?;
     for (options, format) in [
         ("-O qcow2", "qcow2"),
@@ -150,7 +63,7 @@ fn convert_reads_and_writes_what_qemu_imgs_does() -> Result {
 #[test]
 fn what_makes_no_sense_is_said_and_ends_as_with_qemu_img() -> Result {
     peer!("headwater", "qemu-img");
-    let sides = Sides::new()?;
+    let sides = Sides::new("qemu-img")?;
     sides.both(|dir| master(&dir.join("m.raw"), SIZE, 1))?;
     sides.same("create -f qcow2 a.qcow2 12M")?;
     for line in [
@@ -181,7 +94,7 @@ fn what_makes_no_sense_is_said_and_ends_as_with_qemu_img() -> Result {
 #[test]
 fn compare_tells_the_same_differences() -> Result {
     peer!("headwater", "qemu-img", "qemu-io");
-    let sides = Sides::new()?;
+    let sides = Sides::new("qemu-img")?;
     sides.both(|dir| master(&dir.join("a.raw"), SIZE, 3))?;
     sides.same("convert -f raw -O qcow2 a.raw a.qcow2")?;
     assert_eq!(sides.same("compare a.raw a.qcow2")?, "Images are identical.\n");
@@ -199,7 +112,7 @@ fn compare_tells_the_same_differences() -> Result {
 fn rebase_keeps_what_the_disk_shows() -> Result {
     peer!("headwater", "qemu-img", "qemu-io");
     for format in ["qcow2", "qed"] {
-        let sides = Sides::new()?;
+        let sides = Sides::new("qemu-img")?;
         sides.both(|dir| master(&dir.join("old.raw"), SIZE, 4))?;
         sides.both(|dir| master(&dir.join("new.raw"), SIZE - (2 << 20), 5))?;
         let make = || -> Result {
@@ -237,7 +150,7 @@ fn rebase_keeps_what_the_disk_shows() -> Result {
 fn commit_brings_it_down() -> Result {
     peer!("headwater", "qemu-img", "qemu-io");
     for format in ["qcow2", "qed"] {
-        let sides = Sides::new()?;
+        let sides = Sides::new("qemu-img")?;
         sides.both(|dir| master(&dir.join("m.raw"), SIZE, 6))?;
         sides.same(&format!("convert -f raw -O {format} m.raw base"))?;
         sides.same(&format!("create -q -f {format} -b base -F {format} middle"))?;
@@ -265,7 +178,7 @@ fn commit_brings_it_down() -> Result {
 fn disks_grow_and_shrink() -> Result {
     peer!("headwater", "qemu-img", "qemu-io");
     for format in ["qcow2", "qed", "raw"] {
-        let sides = Sides::new()?;
+        let sides = Sides::new("qemu-img")?;
         sides.both(|dir| master(&dir.join("m.raw"), SIZE, 7))?;
         sides.same(&format!("convert -f raw -O {format} m.raw a"))?;
         sides.same(&format!("resize -f {format} a +5M"))?;
@@ -280,7 +193,7 @@ fn disks_grow_and_shrink() -> Result {
         }
     }
     // What a longer backing file holds behind the old end stays hidden.
-    let sides = Sides::new()?;
+    let sides = Sides::new("qemu-img")?;
     sides.both(|dir| master(&dir.join("m.raw"), SIZE, 7))?;
     sides.same("create -q -f qcow2 -b m.raw -F raw short 3M")?;
     sides.same("resize -q -f qcow2 short 11M")?;
@@ -296,7 +209,7 @@ fn disks_grow_and_shrink() -> Result {
 #[test]
 fn snapshots_are_listed_taken_applied_and_deleted() -> Result {
     peer!("headwater", "qemu-img", "qemu-io");
-    let sides = Sides::new()?;
+    let sides = Sides::new("qemu-img")?;
     sides.both(|dir| master(&dir.join("m.raw"), SIZE, 8))?;
     sides.same("convert -f raw -O qcow2 m.raw a.qcow2")?;
     let change = |commands: &'static [&'static str]| {
@@ -330,7 +243,7 @@ fn snapshots_are_listed_taken_applied_and_deleted() -> Result {
 #[test]
 fn what_is_said_of_images_is_the_same() -> Result {
     peer!("headwater", "qemu-img", "qemu-io");
-    let sides = Sides::new()?;
+    let sides = Sides::new("qemu-img")?;
     for line in [
         "create -f qcow2 a.qcow2 20M",
         "create -f qcow2 -o compat=0.10 b.qcow2 20M",
@@ -383,7 +296,7 @@ fn what_is_said_of_images_is_the_same() -> Result {
 #[test]
 fn dd_copies_blocks() -> Result {
     peer!("headwater", "qemu-img");
-    let sides = Sides::new()?;
+    let sides = Sides::new("qemu-img")?;
     sides.both(|dir| master(&dir.join("m.raw"), SIZE, 9))?;
     for (line, format) in [
         ("dd if=m.raw of=o1", "raw"),

@@ -45,7 +45,7 @@ fn a_clean_restart_is_seamless() -> Result {
     peer!("headwater", "qemu-img");
     let dir = tempfile::tempdir()?;
     fs::write(dir.path().join("master.raw"), vec![7; 8 << 20])?;
-    let top = create(dir.path())?;
+    let top = create(dir.path(), "qed", "cluster_size=16k")?;
     let socket = dir.path().join("vhost.sock");
     let start = || Headwater::serve(dir.path()).image(&top).vhost_user(&socket).start();
     let mut server = start()?;
@@ -90,7 +90,7 @@ fn a_stream_goes_on_where_it_was_killed() -> Result {
     random.fill(&mut master);
     let base = dir.path().join("master.raw");
     fs::write(&base, &master)?;
-    let top = create(dir.path())?;
+    let top = create(dir.path(), "qed", "cluster_size=16k")?;
     let mut server = Headwater::serve(dir.path()).image(&top).start()?;
     let mut qmp = server.qmp()?;
     qmp.execute("block-stream", json!({ "job-id": "s", "device": "my", "speed": 16 << 20 }))?;
@@ -126,7 +126,7 @@ fn killed_right_after_the_completion_event() -> Result {
         random.fill(&mut master);
         let base = dir.path().join("master.raw");
         fs::write(&base, &master)?;
-        let top = create(dir.path())?;
+        let top = create(dir.path(), "qed", "cluster_size=16k")?;
         let mut server = Headwater::serve(dir.path()).image(&top).start()?;
         let mut qmp = server.qmp()?;
         qmp.execute("block-stream", json!({ "job-id": "s", "device": "my" }))?;

@@ -39,6 +39,8 @@ pub(crate) struct Look {
     pub(crate) layers: Option<usize>,
     pub(crate) for_check: bool,
     pub(crate) writable: bool,
+    /// Past the page cache.
+    pub(crate) direct: bool,
     /// What is written need not become durable: whoever made it makes it again.
     pub(crate) no_flush: bool,
 }
@@ -46,7 +48,7 @@ pub(crate) struct Look {
 /// Opens `file` and what lies below it.
 pub(crate) async fn open(file: &str, look: Look) -> Result<Vec<Layer>, String> {
     let locking = if look.force_share { Locking::Off } else { Locking::On };
-    let top = OpenOptions { read_only: !look.writable, locking, no_flush: look.no_flush, ..OpenOptions::default() };
+    let top = OpenOptions { read_only: !look.writable, locking, no_flush: look.no_flush, direct: look.direct };
     let below = OpenOptions { read_only: true, locking, ..OpenOptions::default() };
     let options = ChainOptions {
         format: look.format,

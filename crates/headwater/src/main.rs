@@ -9,6 +9,7 @@ mod demo;
 mod exit;
 mod images;
 mod img;
+mod io;
 mod jobs;
 mod progress;
 mod serve;
@@ -40,6 +41,8 @@ enum Command {
     /// The commands of `qemu-img`
     #[command(subcommand)]
     Img(img::Command),
+    /// Read and write a disk by commands (the commands of `qemu-io`)
+    Io(io::Args),
     /// Serve disks to guests (NBD, vhost-user-blk) and to operators (QMP, HMP)
     Serve(serve::Args),
     /// Start to stream a disk's backing data into its image
@@ -66,6 +69,14 @@ struct Img {
     command: img::Command,
 }
 
+/// What the program is when it is called `qemu-io`.
+#[derive(Parser)]
+#[command(name = "qemu-io", version, max_term_width = 100)]
+struct Io {
+    #[command(flatten)]
+    args: io::Args,
+}
+
 /// The command line, as the name says that the program was called by.
 fn command() -> Command {
     let called = std::env::args_os().next().unwrap_or_default();
@@ -73,6 +84,10 @@ fn command() -> Command {
     if called == "qemu-img" {
         tool::set_name(called);
         return Command::Img(Img::parse().command);
+    }
+    if called == "qemu-io" {
+        tool::set_name(called);
+        return Command::Io(Io::parse().args);
     }
     Cli::parse().command
 }
@@ -88,6 +103,7 @@ fn main() -> std::process::ExitCode {
         Command::Map(args) => map::run(&args),
         Command::Check(args) => check::run(&args),
         Command::Img(command) => img::run(command),
+        Command::Io(args) => io::run(&args),
         Command::Serve(args) => serve::run(args),
         Command::Stream(args) => jobs::stream(args),
         Command::Jobs(args) => jobs::list(&args),

@@ -12,7 +12,7 @@ use super::oracle::{SECTOR, SIZE, ZEROES};
 use super::{Bench, killer, told_of_an_end};
 use crate::headwater::Headwater;
 use crate::process::PATIENCE;
-use crate::qemu::{check, info};
+use crate::qemu::info;
 use crate::vhost::{Client, Kind, Options, Slot, Status};
 use crate::{Result, error};
 
@@ -79,7 +79,7 @@ pub(super) fn life(bench: &mut Bench, until: u32) -> Result {
     }
     drop(last);
     server.quit()?;
-    check(&bench.top)?.ok()?;
+    super::clean(&bench.top)?;
     Ok(())
 }
 

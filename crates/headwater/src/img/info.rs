@@ -129,18 +129,7 @@ impl Described {
             line(super::snapshot::text(&self.snapshots).trim_end().to_owned());
         }
         if let Some(own) = self.qcow2 {
-            line("Format specific information:".into());
-            let compression = compression(own);
-            line(format!("    compat: {}", compat(own)));
-            line(format!("    compression type: {compression}"));
-            if own.version > 2 {
-                line(format!("    lazy refcounts: {}", own.lazy_refcounts));
-            }
-            line(format!("    refcount bits: {}", own.refcount_bits));
-            if own.version > 2 {
-                line(format!("    corrupt: {}", own.corrupt));
-                line(format!("    extended l2: {}", own.extended_l2));
-            }
+            specific(own).into_iter().for_each(&mut line);
         }
         line("Child node '/file':".into());
         line(format!("    filename: {}", self.filename));
@@ -209,6 +198,24 @@ impl Described {
         top.insert("dirty-flag".into(), json!(self.dirty));
         Value::Object(top)
     }
+}
+
+/// The lines that say what only QCOW2 has.
+pub(crate) fn specific(own: Qcow2Info) -> Vec<String> {
+    let mut lines = vec![
+        "Format specific information:".to_owned(),
+        format!("    compat: {}", compat(own)),
+        format!("    compression type: {}", compression(own)),
+    ];
+    if own.version > 2 {
+        lines.push(format!("    lazy refcounts: {}", own.lazy_refcounts));
+    }
+    lines.push(format!("    refcount bits: {}", own.refcount_bits));
+    if own.version > 2 {
+        lines.push(format!("    corrupt: {}", own.corrupt));
+        lines.push(format!("    extended l2: {}", own.extended_l2));
+    }
+    lines
 }
 
 fn compat(own: Qcow2Info) -> &'static str {
