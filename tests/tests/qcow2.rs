@@ -172,6 +172,32 @@ fn info_and_map_say_what_the_reference_says() -> Result {
     Ok(())
 }
 
+/// Masters in formats that are only read: an overlay streams out of them, and they are converted.
+#[test]
+fn masters_of_other_formats_stream_in() -> Result {
+    peer!("headwater", "qemu-img");
+    for (format, options) in
+        [("vdi", "static=off"), ("vpc", "subformat=dynamic,force_size=on"), ("parallels", "cluster_size=1M")]
+    {
+        let dir = tempfile::tempdir()?;
+        let (raw, _) = masters(dir.path(), "compat=1.1")?;
+        let master = dir.path().join("master");
+        img(&["convert", "-q", "-f", "raw", "-O", format, "-o", options], &[&raw, &master])?;
+        let top = dir.path().join("my.qcow2");
+        let create = ["img", "create", "-q", "-f", "qcow2", "-F", format, "-b"].map(OsStr::new);
+        headwater(create.into_iter().chain([master.as_os_str(), top.as_os_str()]))?.ok()?;
+        stream(dir.path(), &top)?;
+        compare(&raw, &top)?.ok()?;
+        let converted = dir.path().join("converted.qcow2");
+        let convert = ["img", "convert", "-f", format, "-O", "qcow2"].map(OsStr::new);
+        headwater(convert.into_iter().chain([master.as_os_str(), converted.as_os_str()]))?.ok()?;
+        compare(&raw, &converted)?.ok()?;
+        fs::remove_file(&master)?;
+        compare(&raw, &top)?.ok()?;
+    }
+    Ok(())
+}
+
 /// What a guest writes must not decide what is opened: a header that leaves the format open is refused, with the remedy.
 #[test]
 fn a_backing_file_without_a_format_is_not_guessed_at() -> Result {

@@ -19,8 +19,11 @@ pub(crate) enum Output {
 
 /// Reads a format's name as users write it.
 pub(crate) fn format_named(name: &str) -> Result<Format, String> {
-    Format::from_name(name)
-        .ok_or_else(|| format!("Unknown file format '{name}' (this Headwater knows raw, qed and qcow2)"))
+    Format::from_name(name).ok_or_else(|| {
+        format!(
+            "Unknown file format '{name}' (this Headwater knows raw, qed, qcow2 and, for reading, vdi, vpc, parallels)"
+        )
+    })
 }
 
 /// Runs `work` to its end on a ring made for it.

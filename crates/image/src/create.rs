@@ -1,6 +1,6 @@
 //! Creating: options as the user wrote them, checked before a byte is written.
 
-use crate::{BackingRef, Format, Result, qcow2};
+use crate::{BackingRef, Error, ErrorKind, Format, Result, qcow2};
 use std::rc::Rc;
 use store::Store;
 
@@ -47,6 +47,7 @@ pub fn validate(options: &CreateOptions) -> Result<Vec<String>> {
     match options.format {
         Format::Raw => crate::raw::validate(options),
         Format::Qcow2 => qcow2::validate(options),
+        Format::Vdi | Format::Vpc | Format::Parallels => Err(unwritten(options.format)),
         Format::Qed => crate::qed::validate(options),
     }
 }
@@ -56,6 +57,12 @@ pub async fn create(store: Rc<dyn Store>, options: &CreateOptions) -> Result<()>
     match options.format {
         Format::Raw => crate::raw::create(store, options).await,
         Format::Qcow2 => qcow2::create(store, options).await,
+        Format::Vdi | Format::Vpc | Format::Parallels => Err(unwritten(options.format)),
         Format::Qed => crate::qed::create(store, options).await,
     }
+}
+
+fn unwritten(format: Format) -> Error {
+    let what = format!("{format} images are read, not made; raw, qed and qcow2 are what can be made");
+    Error::new(ErrorKind::Unsupported, "", None, what)
 }

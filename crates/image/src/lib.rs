@@ -23,6 +23,7 @@ mod cluster_set;
 mod commits;
 pub mod create;
 pub mod error;
+mod grid;
 mod health;
 pub mod open;
 pub mod probe;

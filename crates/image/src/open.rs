@@ -19,6 +19,7 @@ pub async fn open(store: Rc<dyn Store>, format: Format, options: OpenOptions) ->
     match format {
         Format::Raw => crate::raw::open(store, options),
         Format::Qcow2 => crate::qcow2::open(store, options).await,
+        Format::Vdi | Format::Vpc | Format::Parallels => crate::grid::open(store, format, options).await,
         Format::Qed => crate::qed::open(store, options).await,
     }
 }

@@ -16,8 +16,14 @@ pub enum Format {
     Raw,
     /// QEMU Enhanced Disk.
     Qed,
-    /// QCOW2, read only so far.
+    /// QCOW2.
     Qcow2,
+    /// VirtualBox's, read only.
+    Vdi,
+    /// Virtual PC's (VHD), read only.
+    Vpc,
+    /// Parallels', read only.
+    Parallels,
 }
 
 impl Format {
@@ -27,6 +33,9 @@ impl Format {
             Self::Raw => "raw",
             Self::Qed => "qed",
             Self::Qcow2 => "qcow2",
+            Self::Vdi => "vdi",
+            Self::Vpc => "vpc",
+            Self::Parallels => "parallels",
         }
     }
 
@@ -36,6 +45,9 @@ impl Format {
             "raw" => Some(Self::Raw),
             "qed" => Some(Self::Qed),
             "qcow2" => Some(Self::Qcow2),
+            "vdi" => Some(Self::Vdi),
+            "vpc" => Some(Self::Vpc),
+            "parallels" => Some(Self::Parallels),
             _ => None,
         }
     }
@@ -48,16 +60,12 @@ impl fmt::Display for Format {
 }
 
 /// Formats that are recognised by their first bytes, and not served: offset, bytes, name.
-const FOREIGN: [(usize, &[u8], &str); 16] = [
+const FOREIGN: [(usize, &[u8], &str); 12] = [
     (0, b"QFI\xfb\0\0\0\x01", "QCOW (version 1)"),
     (0, b"KDMV", "VMDK"),
     (0, b"COWD", "VMDK (version 3)"),
     (0, b"# Disk DescriptorFile", "VMDK (descriptor)"),
     (0, b"vhdxfile", "VHDX"),
-    (0, b"conectix", "VHD"),
-    (0x40, &[0x7f, 0x10, 0xda, 0xbe], "VDI"),
-    (0, b"WithoutFreeSpace", "Parallels"),
-    (0, b"WithouFreSpacExt", "Parallels (extended)"),
     (0, b"LUKS\xba\xbe", "LUKS"),
     (0, b"Bochs Virtual HD Image", "Bochs"),
     (0, b"#!/bin/sh\n#V2.0 Format\nmodprobe cloop", "cloop"),
@@ -68,7 +76,7 @@ const FOREIGN: [(usize, &[u8], &str); 16] = [
 ];
 
 /// The same, by their last 512 bytes.
-const FOREIGN_TAIL: [(&[u8], &str); 2] = [(b"conectix", "VHD (fixed)"), (b"koly", "DMG")];
+const FOREIGN_TAIL: [(&[u8], &str); 1] = [(b"koly", "DMG")];
 
 /// How many bytes at the start are looked at.
 const HEAD: usize = 512;
@@ -86,12 +94,24 @@ pub async fn probe(store: &dyn Store) -> Result<Format> {
     if head.starts_with(&layout::qcow2::MAGIC) && head[4..8] != [0, 0, 0, 1] {
         return Ok(Format::Qcow2);
     }
+    if head.starts_with(&layout::vpc::COOKIE) {
+        return Ok(Format::Vpc);
+    }
+    if head[layout::vdi::SIGNATURE_AT..].starts_with(&layout::vdi::SIGNATURE) {
+        return Ok(Format::Vdi);
+    }
+    if head.starts_with(&layout::parallels::MAGIC) || head.starts_with(&layout::parallels::MAGIC_EXTENDED) {
+        return Ok(Format::Parallels);
+    }
     let foreign = FOREIGN.iter().find(|(at, magic, _)| head[*at..].starts_with(magic)).map(|(_, _, name)| *name);
     let foreign = match foreign {
         None if store.size() >= 2 * HEAD as u64 => {
             let tail = Iov::alloc(HEAD);
             store.read(HostOffset(store.size() - HEAD as u64), tail.clone()).await?;
             let tail = tail.to_vec();
+            if tail.starts_with(&layout::vpc::COOKIE) {
+                return Ok(Format::Vpc);
+            }
             FOREIGN_TAIL.iter().find(|(magic, _)| tail.starts_with(magic)).map(|(_, name)| *name)
         }
         found => found,

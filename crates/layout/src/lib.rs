@@ -5,7 +5,10 @@
 
 pub mod addr;
 pub mod field;
+pub mod parallels;
 pub mod qcow2;
 pub mod qed;
+pub mod vdi;
+pub mod vpc;
 
 pub use addr::{GuestOffset, GuestRange, HostOffset, HostRange};

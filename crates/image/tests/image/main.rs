@@ -7,6 +7,7 @@ mod basics;
 mod crash;
 mod faults;
 mod files;
+mod grid;
 mod guest;
 mod hostile;
 mod model;

@@ -67,6 +67,11 @@ impl Files {
         self.size
     }
 
+    /// A file of this name among them.
+    pub(crate) fn path(&self, name: &str) -> PathBuf {
+        self.dir.join(name)
+    }
+
     /// The master: never written.
     pub(crate) fn base(&self) -> PathBuf {
         self.dir.join("base.raw")
@@ -86,11 +91,11 @@ impl Files {
         self.dir.join("slow.raw")
     }
 
-    /// A QED overlay over `base` in which nothing is allocated.
-    pub(crate) fn fresh(&self, base: &Path) -> Result<PathBuf> {
-        let fresh = self.dir.join("fresh.qed");
+    /// An overlay over `base` in which nothing is allocated.
+    pub(crate) fn fresh(&self, base: &Path, format: &str) -> Result<PathBuf> {
+        let fresh = self.dir.join(format!("fresh.{format}"));
         let _ = fs::remove_file(&fresh);
-        let args = ["create", "-q", "-f", "qed", "-F", "raw", "-b"].map(OsStr::new);
+        let args = ["create", "-q", "-f", format, "-F", "raw", "-b"].map(OsStr::new);
         qemu_img(args.into_iter().chain([base.as_os_str(), fresh.as_os_str()]))?.ok()?;
         Ok(fresh)
     }

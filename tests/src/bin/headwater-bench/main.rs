@@ -1,4 +1,4 @@
-//! Headwater beside qemu-storage-daemon, on the same files, in one run.
+//! Headwater beside qemu-storage-daemon (and its image tool beside qemu-img), on the same files, in one run.
 //!
 //! Machines differ and machines are noisy, so no figure of one side means anything alone: every workload is measured
 //! A B A B, round by round, each round with a server freshly started, and what counts is the ratio within a round. Both
@@ -9,6 +9,7 @@ mod files;
 mod load;
 mod report;
 mod side;
+mod tool;
 mod workload;
 
 use std::io::IsTerminal;

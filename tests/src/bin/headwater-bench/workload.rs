@@ -9,6 +9,7 @@ use serde_json::{Value, json};
 use crate::files::Files;
 use crate::load::{self, Nbd, Op, Pattern, VhostUser};
 use crate::side::{Disk, Export, Server, Side};
+use crate::tool::Tool;
 
 /// Which disk.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -19,6 +20,8 @@ enum Image {
     Qed,
     /// QED in which nothing is allocated, over a raw master.
     Overlay,
+    /// The same in QCOW2.
+    Qcow2Overlay,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -32,8 +35,11 @@ enum Work {
     },
     /// The stream job from start to end, over an overlay in which nothing is allocated.
     Stream {
+        format: &'static str,
         slow: bool,
     },
+    /// The image tool.
+    Tool(Tool),
 }
 
 pub(crate) struct Workload {
@@ -67,7 +73,12 @@ impl Sample {
 
 /// All of them, the cheap ones first.
 pub(crate) fn all() -> Vec<Workload> {
-    use {Export::Nbd, Export::VhostUser, Image::Overlay, Image::Qed, Image::Raw, Op::Read, Op::Write};
+    use {
+        Export::Nbd, Export::VhostUser, Image::Overlay, Image::Qcow2Overlay, Image::Qed, Image::Raw, Op::Read,
+        Op::Write,
+    };
+    const ZLIB: &str = "compression_type=zlib";
+    const ZSTD: &str = "compression_type=zstd";
     let random = |name, about, goal, export, image, op, pattern, depth| Workload {
         name,
         about,
@@ -78,7 +89,14 @@ pub(crate) fn all() -> Vec<Workload> {
     let near =
         |name, about, export, image, op, depth| random(name, about, 1.0, export, image, op, Pattern::Anywhere, depth);
     let allocating = |name, about, export| random(name, about, 5.0, export, Overlay, Write, Pattern::EachCluster, 32);
-    let stream = |name, about, slow| Workload { name, about, unit: "MiB/s", goal: 1.0, work: Work::Stream { slow } };
+    let stream = |name, about, format, slow| Workload {
+        name,
+        about,
+        unit: "MiB/s",
+        goal: 1.0,
+        work: Work::Stream { format, slow },
+    };
+    let tool = |name, about, unit, goal, tool| Workload { name, about, unit, goal, work: Work::Tool(tool) };
     vec![
         near("nbd-raw-read-1", "4k random reads of a raw disk over NBD, one at a time", Nbd, Raw, Read, 1),
         near("nbd-raw-read-32", "4k random reads of a raw disk over NBD, 32 in flight", Nbd, Raw, Read, 32),
@@ -94,8 +112,28 @@ pub(crate) fn all() -> Vec<Workload> {
         near("vhost-raw-write-32", "4k random writes in place, raw", VhostUser, Raw, Write, 32),
         near("vhost-qed-write-32", "4k random writes in place, allocated QED", VhostUser, Qed, Write, 32),
         allocating("vhost-qed-alloc-32", "4k random writes that allocate, QED with backing file", VhostUser),
-        stream("stream-local", "the stream job from a local master", false),
-        stream("stream-slow", "the stream job from a master each read of which takes 10 ms", true),
+        random(
+            "nbd-qcow2-alloc-32",
+            "4k random writes that allocate, QCOW2 with backing file, over NBD",
+            1.0,
+            Nbd,
+            Qcow2Overlay,
+            Write,
+            Pattern::EachCluster,
+            32,
+        ),
+        stream("stream-local", "the stream job from a local master", "qed", false),
+        stream("stream-qcow2", "the same into QCOW2", "qcow2", false),
+        stream("stream-slow", "the stream job from a master each read of which takes 10 ms", "qed", true),
+        tool("img-convert", "img convert, raw into qcow2", "MiB/s", 1.0, Tool::Convert),
+        tool("img-convert-back", "img convert, qcow2 into raw", "MiB/s", 1.0, Tool::Back),
+        tool("img-pack-zlib", "img convert -c, raw into packed qcow2", "MiB/s", 2.0, Tool::Pack(ZLIB)),
+        tool("img-unpack-zlib", "img convert, packed qcow2 into raw", "MiB/s", 2.0, Tool::Unpack(ZLIB)),
+        tool("img-pack-zstd", "the same with zstd", "MiB/s", 2.0, Tool::Pack(ZSTD)),
+        tool("img-unpack-zstd", "the same with zstd", "MiB/s", 2.0, Tool::Unpack(ZSTD)),
+        tool("img-check", "img check of a full qcow2 image of 256 GiB", "runs", 2.0, Tool::Check),
+        tool("img-map", "img map of the same", "runs", 1.0, Tool::Map),
+        tool("img-create", "img create, 64 GiB, preallocation=metadata", "runs", 1.0, Tool::Create),
     ]
 }
 
@@ -103,17 +141,19 @@ impl Workload {
     /// One round of one side.
     pub(crate) fn measure(&self, side: Side, files: &Files, seconds: f64, fio: bool) -> Result<Sample> {
         match self.work {
-            Work::Stream { slow: false } => stream(side, files, &files.base()),
-            Work::Stream { slow: true } => {
+            Work::Stream { format, slow: false } => stream(side, files, &files.base(), format),
+            Work::Stream { format, slow: true } => {
                 let slow = files.slow()?;
-                stream(side, files, &slow.file)
+                stream(side, files, &slow.file, format)
             }
+            Work::Tool(tool) => tool.measure(side, files),
             Work::Random { export, image, op, pattern, depth } => {
                 let disk = match image {
                     Image::Raw => Disk { top: files.disk_raw(), format: "raw", base: None },
                     Image::Qed => Disk { top: files.disk_qed(), format: "qed", base: None },
-                    Image::Overlay => {
-                        Disk { top: files.fresh(&files.base())?, format: "qed", base: Some(files.base()) }
+                    Image::Overlay | Image::Qcow2Overlay => {
+                        let format = if image == Image::Overlay { "qed" } else { "qcow2" };
+                        Disk { top: files.fresh(&files.base(), format)?, format, base: Some(files.base()) }
                     }
                 };
                 let server = side.serve(&disk, export)?;
@@ -153,9 +193,9 @@ fn random(
     })
 }
 
-fn stream(side: Side, files: &Files, base: &std::path::Path) -> Result<Sample> {
+fn stream(side: Side, files: &Files, base: &std::path::Path, format: &'static str) -> Result<Sample> {
     let size = std::fs::metadata(base)?.len();
-    let disk = Disk { top: files.fresh(base)?, format: "qed", base: Some(base.to_path_buf()) };
+    let disk = Disk { top: files.fresh(base, format)?, format, base: Some(base.to_path_buf()) };
     let server = side.serve(&disk, Export::Nbd)?;
     let mut qmp = server.qmp()?;
     let before = server.cpu()?;
