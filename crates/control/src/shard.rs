@@ -109,6 +109,14 @@ impl ShardState {
         Ok(address)
     }
 
+    /// Ends when clients have come to every NBD server here, and none is left.
+    pub async fn clients_left(&self) {
+        let servers: Vec<Rc<NbdServer>> = self.nbd.borrow().iter().map(Rc::clone).collect();
+        for server in servers {
+            server.left().await;
+        }
+    }
+
     /// Offers a device to a vhost-user front end.
     pub(crate) async fn start_vhost_user(&self, name: &str, socket: PathBuf, queues: u16) -> Result<(), Failure> {
         let device = self.device(name).ok_or_else(|| Failure::no_device(name))?;

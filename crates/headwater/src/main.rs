@@ -11,6 +11,7 @@ mod images;
 mod img;
 mod io;
 mod jobs;
+mod nbd;
 mod progress;
 mod serve;
 mod size;
@@ -43,6 +44,8 @@ enum Command {
     Img(img::Command),
     /// Read and write a disk by commands (the commands of `qemu-io`)
     Io(io::Args),
+    /// Serve one disk over NBD until its clients have left (the command line of `qemu-nbd`)
+    Nbd(nbd::Args),
     /// Serve disks to guests (NBD, vhost-user-blk) and to operators (QMP, HMP)
     Serve(serve::Args),
     /// Start to stream a disk's backing data into its image
@@ -77,6 +80,14 @@ struct Io {
     args: io::Args,
 }
 
+/// What the program is when it is called `qemu-nbd`.
+#[derive(Parser)]
+#[command(name = "qemu-nbd", version, max_term_width = 100, arg_required_else_help = true)]
+struct Nbd {
+    #[command(flatten)]
+    args: nbd::Args,
+}
+
 /// The command line, as the name says that the program was called by.
 fn command() -> Command {
     let called = std::env::args_os().next().unwrap_or_default();
@@ -88,6 +99,10 @@ fn command() -> Command {
     if called == "qemu-io" {
         tool::set_name(called);
         return Command::Io(Io::parse().args);
+    }
+    if called == "qemu-nbd" {
+        tool::set_name(called);
+        return Command::Nbd(Nbd::parse().args);
     }
     Cli::parse().command
 }
@@ -104,6 +119,7 @@ fn main() -> std::process::ExitCode {
         Command::Check(args) => check::run(&args),
         Command::Img(command) => img::run(command),
         Command::Io(args) => io::run(&args),
+        Command::Nbd(args) => nbd::run(&args),
         Command::Serve(args) => serve::run(args),
         Command::Stream(args) => jobs::stream(args),
         Command::Jobs(args) => jobs::list(&args),

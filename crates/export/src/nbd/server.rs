@@ -50,6 +50,8 @@ struct Shared {
     stopping: Cell<bool>,
     stopped: Event,
     connections: RefCell<HashMap<u64, Rc<Link>>>,
+    /// A client has come.
+    visited: Cell<bool>,
     changed: Event,
 }
 
@@ -66,6 +68,7 @@ impl NbdServer {
             stopping: Cell::new(false),
             stopped: Event::new(),
             connections: RefCell::default(),
+            visited: Cell::new(false),
             changed: Event::new(),
         });
         let accepting = Rc::clone(&shared);
@@ -85,6 +88,14 @@ impl NbdServer {
     /// Clients connected now.
     pub fn connections(&self) -> usize {
         self.shared.connections.borrow().len()
+    }
+
+    /// Ends when a client has come and none is left, or the server is stopped.
+    pub async fn left(&self) {
+        let shared = &self.shared;
+        while !shared.stopping.get() && (!shared.visited.get() || !shared.connections.borrow().is_empty()) {
+            shared.changed.wait().await;
+        }
     }
 
     /// Stops accepting, closes every connection after its requests in flight, removes the socket. Requests that come
@@ -174,6 +185,7 @@ impl Shared {
 
     fn connect(self: &Rc<Self>, id: u64, link: Rc<Link>) {
         self.connections.borrow_mut().insert(id, Rc::clone(&link));
+        self.visited.set(true);
         let offers = self.exports.iter().map(offer).collect();
         let disks: Vec<Rc<Disk>> = self.exports.iter().map(|export| Rc::clone(&export.disk)).collect();
         let shared = Rc::clone(self);

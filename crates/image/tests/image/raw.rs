@@ -54,13 +54,17 @@ fn a_length_between_sectors_is_served_up_to_the_next() {
 }
 
 #[test]
-fn it_grows_and_never_shrinks() {
+fn it_grows_and_shrinks_by_sectors() {
     Sim::new(1).block_on(async {
         let store = MemoryStore::from_bytes("disk.raw", &[1; 4096]);
         let image = open(store.clone()).await;
         image.resize(8192).await.unwrap();
         assert_eq!((image.size(), store.size()), (8192, 8192));
-        for size in [4096, 8193, u64::MAX] {
+        image.resize(1024).await.unwrap();
+        assert_eq!((image.size(), store.size()), (1024, 1024));
+        image.resize(8192).await.unwrap();
+        assert!(store.to_vec()[..1024] == [1; 1024] && store.to_vec()[1024..].iter().all(|b| *b == 0));
+        for size in [4095, 8193, u64::MAX] {
             assert_eq!(image.resize(size).await.unwrap_err().kind(), ErrorKind::InvalidArgument);
         }
         image.write_zeroes(range(0, 4096), true, false).await.unwrap();

@@ -30,6 +30,11 @@ impl Subject {
         self.format == Format::Qcow2
     }
 
+    /// Whether the disk can become smaller.
+    pub(crate) fn may_shrink(&self) -> bool {
+        self.format == Format::Qcow2
+    }
+
     /// Whether a cluster can be said to be zeros without a place of its own.
     pub(crate) fn marks_zeros(&self) -> bool {
         self.format == Format::Qed || self.qcow2.version > 2

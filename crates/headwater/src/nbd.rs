@@ -1,0 +1,197 @@
+//! `headwater nbd`, which is also what the program is when it is called `qemu-nbd`: one disk at one address, until its clients have
+//! left.
+
+use crate::exit::{Exit, Outcome};
+use crate::images::format_named;
+use crate::tool;
+use control::{CacheMode, DiskSpec, Engine, EngineConfig};
+use export::nbd::Address;
+use image::create::CreateOptions;
+use image::{BackingRef, Format};
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
+use store::ailing::Ailments;
+use tokio::signal::unix::{SignalKind, signal};
+
+/// How long a daemon may take to stand.
+const PATIENCE: Duration = Duration::from_secs(30);
+
+#[derive(clap::Args)]
+#[expect(clippy::struct_excessive_bools, reason = "a command line is made of switches")]
+pub(crate) struct Args {
+    /// Port to listen on
+    #[arg(short, long, value_name = "PORT", default_value_t = 10809)]
+    port: u16,
+    /// Address to listen on
+    #[arg(short, long, value_name = "IFACE", default_value = "0.0.0.0")]
+    bind: String,
+    /// Unix socket to listen on, instead
+    #[arg(short = 'k', long, value_name = "PATH")]
+    socket: Option<PathBuf>,
+    /// How many clients share it (more are served, too; 0: any number)
+    #[arg(short = 'e', long, value_name = "NUM", default_value_t = 1)]
+    shared: u32,
+    /// Format of the image, instead of looking
+    #[arg(short, long, value_name = "FMT")]
+    format: Option<String>,
+    /// Clients may not write
+    #[arg(short, long)]
+    read_only: bool,
+    /// What is written goes to a temporary file and is lost at the end
+    #[arg(short, long)]
+    snapshot: bool,
+    /// Past the page cache
+    #[arg(short, long)]
+    nocache: bool,
+    /// none, writeback, writethrough, directsync, unsafe
+    #[arg(long, value_name = "MODE", default_value = "writeback")]
+    cache: String,
+    /// io_uring (there is no other), native, threads
+    #[arg(long, value_name = "MODE")]
+    aio: Option<String>,
+    /// unmap (they are carried out in any case), ignore
+    #[arg(long, value_name = "MODE")]
+    discard: Option<String>,
+    /// The export's name
+    #[arg(short = 'x', long, value_name = "NAME", default_value = "")]
+    export_name: String,
+    /// Go on when the last client has left
+    #[arg(short = 't', long)]
+    persistent: bool,
+    /// Say more
+    #[arg(short, long)]
+    verbose: bool,
+    /// Go into the background once clients can come
+    #[arg(long)]
+    fork: bool,
+    /// Write the process's number into this file
+    #[arg(long, value_name = "PATH")]
+    pid_file: Option<PathBuf>,
+    /// The image
+    file: String,
+}
+
+pub(crate) fn run(args: &Args) -> Outcome {
+    let _ = (args.shared, &args.aio, &args.discard, args.verbose);
+    let format = args.format.as_deref().map(format_named).transpose()?;
+    let cache = if args.nocache { Some(CacheMode::None) } else { CacheMode::from_name(&args.cache) };
+    let cache = cache.ok_or_else(|| format!("Invalid cache mode '{}'", args.cache))?;
+    if args.fork {
+        return go_into_the_background(args);
+    }
+    let temporary = if args.snapshot { Some(overlay(&args.file, format)?) } else { None };
+    let file = temporary.as_ref().map_or_else(|| args.file.clone(), |(_, file)| file.clone());
+    let spec = DiskSpec {
+        name: args.export_name.clone(),
+        file,
+        format: if args.snapshot { Some(Format::Qcow2) } else { format },
+        cache,
+        read_only: args.read_only,
+        copy_on_read: false,
+        source: Ailments::default(),
+    };
+    let address = match &args.socket {
+        Some(path) => Address::Unix(path.clone()),
+        None => Address::Tcp(args.bind.clone(), args.port),
+    };
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+    let runtime = runtime.map_err(|error| format!("could not set up the control thread: {error}"))?;
+    runtime.block_on(serve(args, spec, address))?;
+    Ok(Exit::Ok)
+}
+
+async fn serve(args: &Args, spec: DiskSpec, address: Address) -> Result<(), String> {
+    let mut ends = Vec::new();
+    for kind in [SignalKind::interrupt(), SignalKind::terminate(), SignalKind::hangup()] {
+        ends.push(signal(kind).map_err(|error| format!("could not watch for signals: {error}"))?);
+    }
+    let engine = Engine::start(&EngineConfig { shards: 1, ..EngineConfig::default() });
+    let engine = engine.map_err(|error| format!("could not start: {error}"))?;
+    let name = spec.name.clone();
+    let started = async {
+        engine.add_disk(spec).await.map_err(|error| error.to_string())?;
+        engine.serve_nbd(address, vec![name.clone()]).await.map_err(|error| error.to_string())?;
+        match &args.pid_file {
+            Some(path) => std::fs::write(path, format!("{}\n", std::process::id()))
+                .map_err(|error| format!("{}: {error}", path.display())),
+            None => Ok(()),
+        }
+    };
+    let started = started.await;
+    if started.is_ok() {
+        let signalled = futures_util::future::select_all(ends.iter_mut().map(|end| Box::pin(end.recv())));
+        let left = async {
+            if args.persistent {
+                std::future::pending().await
+            } else {
+                engine
+                    .on_device(&name, |_, shard| async move {
+                        shard.clients_left().await;
+                        Ok(())
+                    })
+                    .await
+            }
+        };
+        tokio::select! {
+            _ = signalled => {}
+            _ = left => {}
+        }
+    }
+    let ended = engine.shut_down().await.map_err(|error| error.to_string());
+    if let (Ok(()), Some(path)) = (&started, &args.pid_file) {
+        // It may be gone already: then there is nothing to do.
+        let _ = std::fs::remove_file(path);
+    }
+    started.and(ended)
+}
+
+/// Starts the same once more, detached, and waits until it stands.
+fn go_into_the_background(args: &Args) -> Outcome {
+    let dir = tempfile::tempdir().map_err(|error| error.to_string())?;
+    let pid_file = args.pid_file.clone().unwrap_or_else(|| dir.path().join("pid"));
+    let mut words: Vec<std::ffi::OsString> = std::env::args_os().skip(1).filter(|word| word != "--fork").collect();
+    if args.pid_file.is_none() {
+        let at = usize::from(words.first().is_some_and(|word| word == "nbd"));
+        words.insert(at, pid_file.clone().into());
+        words.insert(at, "--pid-file".into());
+    }
+    let _ = std::fs::remove_file(&pid_file);
+    let program = std::env::current_exe().map_err(|error| error.to_string())?;
+    let mut command = Command::new(program);
+    std::os::unix::process::CommandExt::arg0(&mut command, std::env::args_os().next().unwrap_or_default());
+    std::os::unix::process::CommandExt::process_group(&mut command, 0);
+    let child = command.args(words).stdin(Stdio::null()).stdout(Stdio::null()).spawn();
+    let mut child = child.map_err(|error| format!("could not start: {error}"))?;
+    let began = Instant::now();
+    while began.elapsed() < PATIENCE {
+        if std::fs::read_to_string(&pid_file).is_ok_and(|text| text.ends_with('\n')) {
+            return Ok(Exit::Ok);
+        }
+        if child.try_wait().map_err(|error| error.to_string())?.is_some() {
+            // It said why itself.
+            return Ok(Exit::Failed);
+        }
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    tool::complain("the server does not stand yet; it is left running");
+    Ok(Exit::Failed)
+}
+
+/// An empty image over `file`, which goes away with the folder.
+fn overlay(file: &str, format: Option<Format>) -> Result<(tempfile::TempDir, String), String> {
+    let dir = tempfile::tempdir().map_err(|error| error.to_string())?;
+    let place = dir.path().join("snapshot.qcow2").to_string_lossy().into_owned();
+    let absolute = std::path::absolute(Path::new(file)).map_err(|error| error.to_string())?;
+    crate::images::on_ring(async {
+        let look = crate::images::Look { format, ..crate::images::Look::default() };
+        let chain = crate::images::open(file, look).await?;
+        let (size, format) = (chain[0].image.size(), chain[0].image.format());
+        crate::images::close(&chain).await?;
+        let backing = BackingRef { name: absolute.to_string_lossy().into_owned(), format: Some(format) };
+        let options =
+            CreateOptions { backing: Some(backing), ..CreateOptions::new(Format::Qcow2, size.next_multiple_of(512)) };
+        crate::img::create::write(&place, &options).await
+    })?;
+    Ok((dir, place))
+}
