@@ -4,6 +4,8 @@
 //! reserved clusters; linking is one synchronous step, so "look once more, then link" is atomic on the shard.
 
 use layout::{GuestOffset, GuestRange, HostOffset};
+use std::cell::Cell;
+use std::rc::Rc;
 
 /// What a reservation is for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -30,6 +32,32 @@ pub struct Linked {
     pub linked: u64,
     /// Given back, because somebody else was there first or the caller's veto said no.
     pub dropped: u64,
+}
+
+/// Counts the reservations of one image that are handed out or in the making.
+#[derive(Default)]
+pub(crate) struct Active(Rc<Cell<usize>>);
+
+impl Active {
+    /// How many there are.
+    pub(crate) fn get(&self) -> usize {
+        self.0.get()
+    }
+
+    /// One more, until the answer is dropped.
+    pub(crate) fn begin(&self) -> Busy {
+        self.0.set(self.0.get() + 1);
+        Busy(Rc::clone(&self.0))
+    }
+}
+
+/// One of them.
+pub(crate) struct Busy(Rc<Cell<usize>>);
+
+impl Drop for Busy {
+    fn drop(&mut self) {
+        self.0.set(self.0.get() - 1);
+    }
 }
 
 /// What a format does with a reservation. One implementation a format.

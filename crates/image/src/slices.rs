@@ -8,8 +8,9 @@
 //! * A slice in memory is the truth; what the store holds may lag behind only while the slice is dirty or being committed.
 
 use ring::sync::Event;
-use std::cell::Cell;
+use std::cell::{Cell, Ref, RefCell, RefMut};
 use std::collections::{BTreeSet, HashMap, VecDeque};
+use std::rc::Rc;
 
 /// Memory for slices: 8192 of 4 KiB describe 256 GiB at 64 KiB a cluster, 16 GiB at 4 KiB.
 pub(crate) const CACHE_BYTES: usize = 32 << 20;
@@ -203,6 +204,71 @@ impl<S: Clone> SliceCache<S> {
     #[cfg(test)]
     pub(crate) fn len(&self) -> usize {
         self.slices.len()
+    }
+}
+
+/// The slices of one image, where those who keep some of them in memory find them again.
+pub(crate) struct Shelf<S> {
+    slices: RefCell<SliceCache<S>>,
+    /// A slice was unpinned.
+    unpinned: Rc<Event>,
+}
+
+impl<S: Clone> Shelf<S> {
+    /// Around `slices`; `unpinned` is told when one is given up.
+    pub(crate) fn new(slices: SliceCache<S>, unpinned: Rc<Event>) -> Rc<Self> {
+        Rc::new(Self { slices: RefCell::new(slices), unpinned })
+    }
+
+    pub(crate) fn borrow(&self) -> Ref<'_, SliceCache<S>> {
+        self.slices.borrow()
+    }
+
+    pub(crate) fn borrow_mut(&self) -> RefMut<'_, SliceCache<S>> {
+        self.slices.borrow_mut()
+    }
+
+    /// Keeps slice `number` in memory, if it is there.
+    pub(crate) fn pin(self: &Rc<Self>, number: u64) -> Option<SlicePin<S>> {
+        self.borrow_mut().pin(number).then(|| SlicePin { shelf: Rc::clone(self), number })
+    }
+
+    /// Says that the caller brings slice `number`, as long as the answer lives.
+    pub(crate) fn begin_load(&self, number: u64) -> Loading<'_, S> {
+        self.borrow_mut().begin_load(number);
+        Loading { shelf: self, number }
+    }
+}
+
+/// Keeps a slice in memory.
+pub(crate) struct SlicePin<S: Clone> {
+    shelf: Rc<Shelf<S>>,
+    number: u64,
+}
+
+impl<S: Clone> SlicePin<S> {
+    /// Which slice.
+    pub(crate) fn number(&self) -> u64 {
+        self.number
+    }
+}
+
+impl<S: Clone> Drop for SlicePin<S> {
+    fn drop(&mut self) {
+        self.shelf.borrow_mut().unpin(self.number);
+        self.shelf.unpinned.notify_all();
+    }
+}
+
+/// Whoever brings a slice; when this is dropped, those who wait look for themselves.
+pub(crate) struct Loading<'a, S: Clone> {
+    shelf: &'a Shelf<S>,
+    number: u64,
+}
+
+impl<S: Clone> Drop for Loading<'_, S> {
+    fn drop(&mut self) {
+        self.shelf.borrow_mut().end_load(self.number);
     }
 }
 

@@ -7,9 +7,10 @@
 //! * What it takes can be counted without further space: a commit does not fail for want of a refcount block.
 
 use super::Core;
-use super::resolve::{SlicePin, Table, disown};
-use crate::reservation::Reserved;
+use super::resolve::{Table, disown};
+use crate::reservation::{Busy, Reserved};
 use crate::room::Held;
+use crate::slices::SlicePin;
 use crate::{Keep, Linked, Mapping, Purpose, Reservation, Result};
 use layout::qcow2::{L2Entry, Slice};
 use layout::{GuestOffset, GuestRange, HostOffset};
@@ -27,7 +28,7 @@ impl Core {
         let cluster = self.cluster_size();
         let reach = self.size().max(self.reach.get());
         self.health.check_range(range, reach.next_multiple_of(cluster))?;
-        let busy = Busy::new(self);
+        let busy = self.active.begin();
         if self.cache.borrow().is_crowded() {
             self.commit().await?;
         }
@@ -109,24 +110,6 @@ async fn zeroed(mut held: Held) -> Result<Held> {
     ring::spawn(async move { held.zero().await.map(|()| held) }).await
 }
 
-/// Counts a reservation (also in the making).
-pub(super) struct Busy {
-    core: Rc<Core>,
-}
-
-impl Busy {
-    pub(super) fn new(core: &Rc<Core>) -> Self {
-        core.active.set(core.active.get() + 1);
-        Self { core: core.clone() }
-    }
-}
-
-impl Drop for Busy {
-    fn drop(&mut self) {
-        self.core.active.set(self.core.active.get() - 1);
-    }
-}
-
 /// Keeps an L2 table in being that may be changed.
 pub(super) struct TablePin {
     core: Rc<Core>,
@@ -204,7 +187,7 @@ impl Core {
 /// A reservation of this format. Fields are dropped in this order: space first, the count last.
 struct Clusters {
     space: Option<Held>,
-    slice: SlicePin,
+    slice: SlicePin<Slice>,
     table: TablePin,
     _busy: Busy,
     core: Rc<Core>,
@@ -263,7 +246,7 @@ impl Reserved for Clusters {
 
 impl Core {
     /// Keeps the table and the slice in memory that an entry is in, so that it can be set.
-    pub(super) async fn pin_entry(self: &Rc<Self>, at: GuestOffset) -> Result<(TablePin, SlicePin)> {
+    pub(super) async fn pin_entry(self: &Rc<Self>, at: GuestOffset) -> Result<(TablePin, SlicePin<Slice>)> {
         let table = TablePin::take(self, self.l1_index(at)).await?;
         let slice = self.pin_slice(self.slice_of(at)).await?;
         Ok((table, slice))

@@ -6,7 +6,7 @@
 //! * `commit`: what was linked becomes durable;
 //! * `header`: size, backing reference, where the tables are;
 //! * `snapshot`: internal snapshots;
-//! * `check`, `repair`, `counts`: consistency of what is on disk.
+//! * `check`, with `references`, `counts` and `flags`, and `repair`: consistency of what is on disk.
 //!
 //! All the kinds of clusters there are: plain, zero, packed (deflate and zstd), with subclusters, shared with internal snapshots.
 //! Not served, and named when refused: encryption, an external data file.
@@ -35,11 +35,13 @@ mod check;
 mod commit;
 mod counts;
 mod create;
+mod flags;
 mod header;
 mod open;
 mod pack;
 mod preallocate;
 mod refcount;
+mod references;
 mod repair;
 mod resolve;
 mod shrink;
@@ -55,8 +57,9 @@ pub use open::open_with_table_memory;
 use crate::commits::Commits;
 use crate::create::Preallocation;
 use crate::health::Health;
+use crate::reservation::Active;
 use crate::room::Room;
-use crate::slices::SliceCache;
+use crate::slices::Shelf;
 use crate::snapshot::{Snapshot, SnapshotAction};
 use crate::tables::{L1Form, Tables};
 use crate::{
@@ -91,9 +94,9 @@ struct Core {
     /// How far reservations may reach; past the size only while zeros are marked there.
     reach: Cell<u64>,
     /// Reservations handed out or in the making.
-    active: Cell<usize>,
+    active: Active,
     tables: RefCell<Tables>,
-    cache: RefCell<SliceCache<Slice>>,
+    cache: Rc<Shelf<Slice>>,
     /// A slice was unpinned.
     unpinned: Rc<Event>,
     room: Rc<Room>,

@@ -5,8 +5,9 @@ use super::refcount::Refcounts;
 use super::{Core, Qcow2Image, SLICE_BYTES, l1_form};
 use crate::commits::Commits;
 use crate::health::Health;
+use crate::reservation::Active;
 use crate::room::Room;
-use crate::slices::{CACHE_BYTES, SliceCache};
+use crate::slices::{CACHE_BYTES, Shelf, SliceCache};
 use crate::space::Space;
 use crate::tables::Tables;
 use crate::{BackingRef, Error, ErrorKind, Format, Image, OpenOptions, Result};
@@ -62,9 +63,9 @@ pub async fn open_with_table_memory(store: Rc<dyn Store>, options: OpenOptions, 
         zone: Mutex::new(zone),
         backing: RefCell::new(backing),
         reach: Cell::new(0),
-        active: Cell::new(0),
+        active: Active::default(),
         tables: RefCell::new(Tables::new(l1_form(cluster), l1)),
-        cache: RefCell::new(SliceCache::new(bytes, SLICE_BYTES.min(cluster) as usize)),
+        cache: Shelf::new(SliceCache::new(bytes, SLICE_BYTES.min(cluster) as usize), unpinned.clone()),
         unpinned,
         room: Room::new(store.clone(), cluster, Space::full(cluster, length, !limits.fixed_size)),
         refcounts: RefCell::new(Refcounts::new(Vec::new())),

@@ -5,7 +5,6 @@
 //! **Invariants.** What is packed reads as what was given. Streams can be unpacked with a window of 4 KiB, as QEMU does.
 
 use super::Core;
-use super::allocate::Busy;
 use crate::room::Held;
 use crate::{ErrorKind, Result};
 use flate2::{Compress, FlushCompress, Status};
@@ -96,7 +95,7 @@ impl Core {
             self.health.error(ErrorKind::Unsupported, None, format!("a cluster could not be packed: {error}"))
         })?;
         let Some(packed) = packed else { return Ok(false) };
-        let _busy = Busy::new(self);
+        let _busy = self.active.begin();
         let len = packed.len() as u64;
         let place = loop {
             let taken = self.packing.borrow_mut().take(len);

@@ -6,7 +6,7 @@
 //!   memory without "copied" flags.
 
 use super::{Core, SLICE_BYTES};
-use crate::slices::Room;
+use crate::slices::{Room, SlicePin};
 use crate::tables::Place;
 use crate::{Mapped, Mapping, Result};
 use layout::qcow2::{COPIED, L1Entry, L2Entry, Packed, Slice, SubclusterMap, is_own};
@@ -241,11 +241,11 @@ impl Core {
     }
 
     /// Brings slice `number` into memory and keeps it there. Its table exists.
-    pub(super) async fn pin_slice(self: &Rc<Self>, number: u64) -> Result<SlicePin> {
+    pub(super) async fn pin_slice(self: &Rc<Self>, number: u64) -> Result<SlicePin<Slice>> {
         let index = self.l1_index(self.slice_start(number));
         loop {
-            if self.cache.borrow_mut().pin(number) {
-                return Ok(SlicePin { core: self.clone(), number });
+            if let Some(pin) = self.cache.pin(number) {
+                return Ok(pin);
             }
             match self.table(index)? {
                 Table::Stored { at, own } => self.fetch(number, at, own).await?,
@@ -271,8 +271,7 @@ impl Core {
             other.await;
             return Ok(());
         }
-        self.cache.borrow_mut().begin_load(number);
-        let _loading = Loading { core: self, number };
+        let _loading = self.cache.begin_load(number);
         let bytes = Iov::alloc(self.slice_bytes() as usize);
         self.store.read(self.slice_at(table, number), bytes.clone()).await?;
         let mut slice = Slice::decode(&bytes.to_vec());
@@ -310,37 +309,5 @@ pub(super) fn disown(slice: &mut Slice, words: usize) {
     for index in (0..slice.raw().len()).step_by(words) {
         let raw = slice.raw()[index];
         slice.set(index, raw & !COPIED);
-    }
-}
-
-/// Keeps a slice in memory.
-pub(super) struct SlicePin {
-    core: Rc<Core>,
-    number: u64,
-}
-
-impl SlicePin {
-    /// Which slice.
-    pub(super) fn number(&self) -> u64 {
-        self.number
-    }
-}
-
-impl Drop for SlicePin {
-    fn drop(&mut self) {
-        self.core.cache.borrow_mut().unpin(self.number);
-        self.core.unpinned.notify_all();
-    }
-}
-
-/// Whoever brings a slice; when this is dropped, those who wait look for themselves.
-struct Loading<'a> {
-    core: &'a Core,
-    number: u64,
-}
-
-impl Drop for Loading<'_> {
-    fn drop(&mut self) {
-        self.core.cache.borrow_mut().end_load(self.number);
     }
 }

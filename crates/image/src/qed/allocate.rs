@@ -6,12 +6,13 @@
 //! * Space is given back only when nothing is in flight there: what this module itself has in flight in new space (growing,
 //!   zeroing a table) runs to its end even if the caller goes away.
 
-use super::resolve::{SlicePin, Table};
+use super::resolve::Table;
 use super::{Core, detached};
-use crate::reservation::Reserved;
+use crate::reservation::{Busy, Reserved};
 use crate::room::Held;
+use crate::slices::SlicePin;
 use crate::{ErrorKind, Keep, Linked, Mapping, Purpose, Reservation, Result};
-use layout::qed::{L2Entry, SLICE_ENTRIES};
+use layout::qed::{L2Entry, SLICE_ENTRIES, Slice};
 use layout::{GuestOffset, GuestRange};
 use std::rc::Rc;
 use store::ZeroMode;
@@ -26,7 +27,7 @@ impl Core {
         let geometry = self.geometry;
         let reach = self.size().max(self.reach.get());
         self.health.check_range(range, reach.next_multiple_of(geometry.cluster_size()))?;
-        let busy = Busy::new(self);
+        let busy = self.active.begin();
         self.mark().await?;
         if self.cache.borrow().is_crowded() {
             self.commit().await?;
@@ -95,24 +96,6 @@ impl Core {
     }
 }
 
-/// Counts a reservation (also in the making).
-struct Busy {
-    core: Rc<Core>,
-}
-
-impl Busy {
-    fn new(core: &Rc<Core>) -> Self {
-        core.active.set(core.active.get() + 1);
-        Self { core: core.clone() }
-    }
-}
-
-impl Drop for Busy {
-    fn drop(&mut self) {
-        self.core.active.set(self.core.active.get() - 1);
-    }
-}
-
 /// Keeps an L2 table in being.
 struct TablePin {
     core: Rc<Core>,
@@ -160,7 +143,7 @@ impl Drop for TablePin {
 /// A reservation of this format. Fields are dropped in this order: space first, the count last.
 struct Clusters {
     space: Option<Held>,
-    slice: SlicePin,
+    slice: SlicePin<Slice>,
     table: TablePin,
     _busy: Busy,
     core: Rc<Core>,

@@ -35,8 +35,9 @@ pub use open::open_with_table_memory;
 
 use crate::commits::Commits;
 use crate::health::Health;
+use crate::reservation::Active;
 use crate::room::Room;
-use crate::slices::SliceCache;
+use crate::slices::Shelf;
 use crate::space::Space;
 use crate::tables::{L1Form, Tables};
 use crate::{
@@ -74,9 +75,9 @@ struct Core {
     /// Need-check is durable and will stay so: reservations may be handed out.
     marked: Cell<bool>,
     /// Reservations handed out or in the making.
-    active: Cell<usize>,
+    active: Active,
     tables: RefCell<Tables>,
-    cache: RefCell<SliceCache<Slice>>,
+    cache: Rc<Shelf<Slice>>,
     /// A slice was unpinned.
     unpinned: Rc<Event>,
     room: Rc<Room>,

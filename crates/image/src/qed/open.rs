@@ -4,8 +4,9 @@ use super::header::HeaderZone;
 use super::{Core, L1_FORM, QedImage};
 use crate::commits::Commits;
 use crate::health::Health;
+use crate::reservation::Active;
 use crate::room::Room;
-use crate::slices::{CACHE_BYTES, SliceCache};
+use crate::slices::{CACHE_BYTES, Shelf, SliceCache};
 use crate::space::Space;
 use crate::tables::Tables;
 use crate::{BackingRef, Error, ErrorKind, Format, Image, OpenOptions, Result};
@@ -49,9 +50,9 @@ pub async fn open_with_table_memory(store: Rc<dyn Store>, options: OpenOptions, 
         zone: Mutex::new(zone),
         backing: RefCell::new(backing),
         marked: Cell::new(false),
-        active: Cell::new(0),
+        active: Active::default(),
         tables: RefCell::new(Tables::new(L1_FORM, l1)),
-        cache: RefCell::new(SliceCache::new(bytes, SLICE_BYTES)),
+        cache: Shelf::new(SliceCache::new(bytes, SLICE_BYTES), unpinned.clone()),
         unpinned,
         making_table: Mutex::new(()),
         commits: Commits::default(),

@@ -3,7 +3,7 @@
 //! **Invariant.** `lookup` changes nothing and waits for nothing: it sees exactly what was linked when it was called.
 
 use super::Core;
-use crate::slices::Room;
+use crate::slices::{Room, SlicePin};
 use crate::tables::Place;
 use crate::{Mapped, Mapping, Result};
 use layout::qed::{L1Entry, L2Entry, SLICE_BYTES, SLICE_ENTRIES, Slice};
@@ -132,12 +132,12 @@ impl Core {
     }
 
     /// Brings slice `number` into memory and keeps it there. Its table exists.
-    pub(super) async fn pin_slice(self: &Rc<Self>, number: u64) -> Result<SlicePin> {
+    pub(super) async fn pin_slice(self: &Rc<Self>, number: u64) -> Result<SlicePin<Slice>> {
         let geometry = self.geometry;
         let index = geometry.l1_index(geometry.slice_start(number));
         loop {
-            if self.cache.borrow_mut().pin(number) {
-                return Ok(SlicePin { core: self.clone(), number });
+            if let Some(pin) = self.cache.pin(number) {
+                return Ok(pin);
             }
             match self.table(index)? {
                 Table::Stored(table) => self.fetch(number, table).await?,
@@ -162,8 +162,7 @@ impl Core {
             other.await;
             return Ok(());
         }
-        self.cache.borrow_mut().begin_load(number);
-        let _loading = Loading { core: self, number };
+        let _loading = self.cache.begin_load(number);
         let bytes = Iov::alloc(SLICE_BYTES);
         self.store.read(self.geometry.slice_at(table, number), bytes.clone()).await?;
         let mut raw = [0; SLICE_BYTES];
@@ -199,37 +198,5 @@ fn follows(run: Mapped, next: Mapping) -> bool {
         (Mapping::Data(at), Mapping::Data(next)) => at + run.len == next,
         (Mapping::Zero, Mapping::Zero) | (Mapping::Unallocated, Mapping::Unallocated) => true,
         _ => false,
-    }
-}
-
-/// Keeps a slice in memory.
-pub(super) struct SlicePin {
-    core: Rc<Core>,
-    number: u64,
-}
-
-impl SlicePin {
-    /// Which slice.
-    pub(super) fn number(&self) -> u64 {
-        self.number
-    }
-}
-
-impl Drop for SlicePin {
-    fn drop(&mut self) {
-        self.core.cache.borrow_mut().unpin(self.number);
-        self.core.unpinned.notify_all();
-    }
-}
-
-/// Whoever brings a slice; when this is dropped, those who wait look for themselves.
-struct Loading<'a> {
-    core: &'a Core,
-    number: u64,
-}
-
-impl Drop for Loading<'_> {
-    fn drop(&mut self) {
-        self.core.cache.borrow_mut().end_load(self.number);
     }
 }
