@@ -149,6 +149,11 @@ impl Space {
         self.unlinked.push(range);
     }
 
+    /// Whether something was put aside.
+    pub(crate) fn has_unlinked(&self) -> bool {
+        !self.unlinked.is_empty()
+    }
+
     /// What was put aside so far: to be given back once the tables as they are now are durable.
     pub(crate) fn take_unlinked(&mut self) -> Vec<HostRange> {
         std::mem::take(&mut self.unlinked)

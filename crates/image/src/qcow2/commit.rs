@@ -58,8 +58,12 @@ impl Core {
         }
         self.end_packing();
         self.commit().await?;
-        if self.refcounts.borrow().is_dirty() {
-            crate::commits::commit(self).await?;
+        // What is unlinked is counted down behind one commit, and written with the next.
+        for _ in 0..2 {
+            let left = self.refcounts.borrow().is_dirty() || self.room.space.borrow().has_unlinked();
+            if left {
+                crate::commits::commit(self).await?;
+            }
         }
         if self.active.get() > 0 || self.is_dirty() || self.refcounts.borrow().is_dirty() {
             return self.health.check_poison();

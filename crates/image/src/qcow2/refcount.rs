@@ -239,9 +239,9 @@ impl Core {
             taken.push(range);
             let mut refcounts = self.refcounts.borrow_mut();
             refcounts.table.resize(bytes as usize / 8, 0);
-            // One that was to be moved to and never was is nobody's: a leak, and a rare one.
+            // One that was to be moved to and never was is nobody's, once it was counted.
             if let Some(before) = refcounts.moving.replace(range) {
-                tracing::debug!(%before, "the refcount table moves on at once");
+                self.room.space.borrow_mut().unlink(before);
             }
         }
         let at = at.keep();

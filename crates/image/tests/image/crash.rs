@@ -440,6 +440,49 @@ fn a_check_that_repairs_may_be_cut_anywhere() {
     }
 }
 
+/// A refcount table of one small cluster is soon too short: it moves, again and again, and may be cut anywhere on the way.
+#[test]
+fn a_refcount_table_that_moves_may_be_cut_anywhere() {
+    let qcow2 = image::qcow2::Options { refcount_bits: 64, ..image::qcow2::Options::default() };
+    let subject = Subject::qcow2("qcow2 512, refcounts of 64 bits", 512, qcow2);
+    Sim::new(4).block_on(async {
+        let store = MemoryStore::new("growing.img", 0);
+        subject.create(store.clone(), 16 << 20, None).await;
+        // One block counts 64 clusters of 512 bytes, and a table of one cluster leads to 64 blocks: 2 MiB.
+        let guest = Guest::new(subject.open(store.clone()).await.unwrap(), &[]);
+        let kept = (2 << 20) - (120 << 10);
+        guest.write(0, &vec![1; kept]).await.unwrap();
+        guest.image.close().await.unwrap();
+        let table = async |store: Rc<MemoryStore>| {
+            let bytes = Iov::alloc(512);
+            store.read(HostOffset::ZERO, bytes.clone()).await.unwrap();
+            layout::qcow2::Header::decode(&bytes.to_vec()).unwrap().refcount_table
+        };
+        let before = table(store.clone()).await;
+        let grow = async |fault: Rc<FaultStore>| {
+            let guest = Guest::new(subject.open(fault).await.unwrap(), &[]);
+            guest.write(4 << 20, &vec![2; 200 << 10]).await.unwrap();
+            guest.image.commit().await.unwrap();
+            guest.write(8 << 20, &vec![3; 200 << 10]).await.unwrap();
+            guest.image.close().await.unwrap();
+        };
+        let look = async |image: Snapshot, what: &str| {
+            let store = MemoryStore::from_snapshot("after-the-cut.img", image);
+            let guest = Guest::new(subject.open(store.clone()).await.unwrap_or_else(|e| panic!("{what}: {e}")), &[]);
+            assert!(guest.read(0, kept as u64).await.unwrap().iter().all(|b| *b == 1), "{what}");
+            guest.write(12 << 20, &vec![4; 100 << 10]).await.unwrap();
+            guest.image.close().await.unwrap();
+            subject.assert_clean_after_a_cut(store).await;
+        };
+        cut_everywhere(store.snapshot(), 3, grow, look).await;
+        let guest = Guest::new(subject.open(store.clone()).await.unwrap(), &[]);
+        guest.write(4 << 20, &vec![2; 6 << 20]).await.unwrap();
+        guest.image.close().await.unwrap();
+        subject.assert_clean(store.clone()).await;
+        assert_ne!(table(store.clone()).await, before, "it never had to move");
+    });
+}
+
 #[test]
 fn a_new_backing_reference_is_there_whole_or_not_at_all() {
     let long = |c: &str| Some(BackingRef { name: c.repeat(900), format: None });

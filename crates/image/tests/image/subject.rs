@@ -21,7 +21,7 @@ impl Subject {
         Self { name, format: Format::Qed, cluster_size: Some(cluster_size), table_size: Some(table_size), qcow2 }
     }
 
-    fn qcow2(name: &'static str, cluster_size: u64, qcow2: qcow2::Options) -> Self {
+    pub(crate) fn qcow2(name: &'static str, cluster_size: u64, qcow2: qcow2::Options) -> Self {
         Self { name, format: Format::Qcow2, cluster_size: Some(cluster_size), table_size: None, qcow2 }
     }
 
