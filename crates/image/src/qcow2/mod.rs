@@ -5,7 +5,7 @@
 //! * `allocate`: reservations; `refcount`: which clusters are in use, and by how many;
 //! * `commit`: what was linked becomes durable;
 //! * `header`: size, backing reference, where the tables are;
-//! * `snapshot`: internal snapshots;
+//! * `snapshot`: internal snapshots; `bitmaps`: persistent bitmaps, which are not kept up, and say so;
 //! * `check`, with `references`, `counts` and `flags`, and `repair`: consistency of what is on disk.
 //!
 //! All the kinds of clusters there are: plain, zero, packed (deflate and zstd), with subclusters, shared with internal snapshots.
@@ -31,6 +31,7 @@
 //!   unpacked clusters.
 
 mod allocate;
+mod bitmaps;
 mod check;
 mod commit;
 mod counts;
@@ -73,6 +74,7 @@ use refcount::Refcounts;
 use ring::Iov;
 use ring::sync::{Event, Mutex};
 use std::cell::{Cell, RefCell};
+use std::collections::BTreeSet;
 use std::rc::Rc;
 use store::Store;
 use unpack::Kept;
@@ -101,6 +103,8 @@ struct Core {
     unpinned: Rc<Event>,
     room: Rc<Room>,
     refcounts: RefCell<Refcounts>,
+    /// Clusters of tables, as they were when the image was opened for writing: no data may be there. What is given back goes.
+    metadata: RefCell<BTreeSet<u64>>,
     /// Linked, and not counted yet.
     linked: RefCell<Vec<HostRange>>,
     /// Whoever makes a fresh table holds this.

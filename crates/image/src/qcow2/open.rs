@@ -69,6 +69,7 @@ pub async fn open_with_table_memory(store: Rc<dyn Store>, options: OpenOptions, 
         unpinned,
         room: Room::new(store.clone(), cluster, Space::full(cluster, length, !limits.fixed_size)),
         refcounts: RefCell::new(Refcounts::new(Vec::new())),
+        metadata: RefCell::default(),
         linked: RefCell::default(),
         making_table: Mutex::new(()),
         commits: Commits::default(),
@@ -97,9 +98,10 @@ impl Core {
             self.recover().await?;
         }
         let header = self.header.get();
-        if header.autoclear_features & !AUTOCLEAR_BITMAPS != 0 {
+        let keeps_bitmaps = self.suspend_bitmaps().await?;
+        let autoclear_features = header.autoclear_features & if keeps_bitmaps { AUTOCLEAR_BITMAPS } else { 0 };
+        if header.autoclear_features != autoclear_features {
             let mut zone = self.zone.lock().await;
-            let autoclear_features = header.autoclear_features & AUTOCLEAR_BITMAPS;
             self.publish_header(&mut zone, Header { autoclear_features, ..header }).await?;
         }
         self.find_free().await

@@ -269,6 +269,7 @@ impl Core {
                 }
                 self.put_refcount(cluster, old - 1);
                 if old == 1 {
+                    self.metadata.borrow_mut().remove(&cluster);
                     self.room.space.borrow_mut().give_back(at.range(header.cluster_size()));
                 }
             }
@@ -386,6 +387,7 @@ impl Core {
             tracing::warn!(image, clusters = uncounted, "tables are counted as free; check and repair the image");
         }
         *self.room.space.borrow_mut() = space;
+        *self.metadata.borrow_mut() = metadata;
         Ok(())
     }
 

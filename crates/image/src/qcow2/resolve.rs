@@ -9,7 +9,7 @@ use super::{Core, SLICE_BYTES};
 use crate::slices::{Room, SlicePin};
 use crate::tables::Place;
 use crate::{Mapped, Mapping, Result};
-use layout::qcow2::{COPIED, L1Entry, L2Entry, Packed, Slice, SubclusterMap, is_own};
+use layout::qcow2::{COPIED, L1Entry, L2Entry, OFFSET, Packed, Slice, SubclusterMap, is_own};
 use layout::{GuestOffset, GuestRange, HostOffset};
 use ring::Iov;
 use std::rc::Rc;
@@ -188,6 +188,19 @@ impl Core {
             self.health.corrupt(slice_at + first as u64 * 8, what)
         })?;
         let inside = range.start().get() % cluster;
+        // Data that is said to lie where a table is would be written over it.
+        let first_cluster = (raw & OFFSET) >> header.cluster_bits;
+        let on_metadata = |len: u64| -> Result<()> {
+            let clusters = first_cluster..first_cluster + (inside + len).div_ceil(cluster);
+            if self.health.read_only() || self.metadata.borrow().range(clusters).next().is_none() {
+                return Ok(());
+            }
+            let what = format!(
+                "L2 entry for guest offset {}: its cluster is one of the image's tables; check and repair the image",
+                range.start().get()
+            );
+            Err(self.health.corrupt(slice_at + first as u64 * 8, what))
+        };
         let stored = |host: HostOffset| if is_own(raw) { Mapping::Data(host) } else { Mapping::Shared(host) };
         // How many entries in a row, this one included, are as `alike` says of their distance.
         let run = |alike: &dyn Fn(u64, u64) -> bool| {
@@ -201,9 +214,16 @@ impl Core {
         Ok(match entry {
             L2Entry::Unallocated => (Piece::Is(Mapping::Unallocated), run(&|_, entry| entry == 0)),
             L2Entry::Zero | L2Entry::ZeroAllocated(_) => (Piece::Is(Mapping::Zero), run(&|_, entry| entry == 1)),
-            L2Entry::Data(host) => (Piece::Is(stored(host + inside)), run(&goes_on)),
+            L2Entry::Data(host) => {
+                let len = run(&goes_on);
+                on_metadata(len)?;
+                (Piece::Is(stored(host + inside)), len)
+            }
             L2Entry::Packed(packed) => (Piece::Packed(packed), range.len().min(cluster - inside)),
             L2Entry::Subclusters(host, map) => {
+                if host.get() != 0 {
+                    on_metadata(1)?;
+                }
                 match map {
                     SubclusterMap { stored: u32::MAX, .. } => {
                         return Ok((Piece::Is(stored(host + inside)), run(&goes_on)));

@@ -8,6 +8,7 @@ use layout::{GuestOffset, GuestRange};
 use ring::sim::Sim;
 use std::path::Path;
 use std::rc::Rc;
+use store::Store;
 use store::memory::MemoryStore;
 
 const READ_ONLY: OpenOptions = OpenOptions { read_only: true, for_check: false };
@@ -284,6 +285,72 @@ fn snapshots_and_packed_clusters_are_the_references_too() {
             judge(&model, 0);
         });
     }
+}
+
+/// Bitmaps that record are marked as in use before anything is written; others, and all their clusters, stay what they are.
+#[test]
+fn bitmaps_are_not_kept_up_and_say_so() {
+    let Some(lab) = lab() else { return };
+    let folder = lab.path();
+    ok(folder, &["qemu-img", "create", "-q", "-f", "qcow2", "a.qcow2", "5M"]);
+    for line in [&["--add", "a.qcow2", "recording"][..], &["--add", "--disable", "a.qcow2", "resting"]] {
+        ok(folder, &[&["qemu-img", "bitmap"], line].concat());
+    }
+    let store = MemoryStore::from_bytes("ours.qcow2", &std::fs::read(folder.join("a.qcow2")).unwrap());
+    in_sim(async {
+        let image = image::open(store.clone(), Format::Qcow2, OpenOptions::default()).await.unwrap();
+        let guest = Guest::new(image, &[]);
+        guest.write(1 << 20, &vec![7; 100_000]).await.unwrap();
+        guest.image.close().await.unwrap();
+    });
+    std::fs::write(folder.join("a.qcow2"), store.to_vec()).unwrap();
+    ok(folder, &["qemu-img", "check", "-q", "a.qcow2"]);
+    let info = ok(folder, &["qemu-img", "info", "--output", "json", "a.qcow2"]);
+    let flags = |name: &str| {
+        let at = info.find(&format!("\"name\": \"{name}\"")).unwrap();
+        info[..at].rsplit("\"flags\"").next().unwrap().split(']').next().unwrap().to_owned()
+    };
+    assert!(flags("recording").contains("in-use") && flags("recording").contains("auto"), "{info}");
+    assert!(!flags("resting").contains("in-use"), "{info}");
+}
+
+/// An entry that leads to a table is an error, not a way to write over it.
+#[test]
+fn tables_are_not_written_over() {
+    in_sim(async {
+        let store = MemoryStore::new("ours.qcow2", 0);
+        let options = image::create::CreateOptions {
+            cluster_size: Some(4096),
+            ..image::create::CreateOptions::new(Format::Qcow2, 4 << 20)
+        };
+        image::create::create(store.clone(), &options).await.unwrap();
+        let open = async || image::open(store.clone(), Format::Qcow2, OpenOptions::default()).await.unwrap();
+        let guest = Guest::new(open().await, &[]);
+        guest.write(0, &[1; 4096]).await.unwrap();
+        guest.image.close().await.unwrap();
+        // Header, refcount table, one block, L1 table; then data and the L2 table, wherever they are.
+        let bytes = store.to_vec();
+        let l1 = 3 * 4096;
+        let table = u64::from_be_bytes(bytes[l1..l1 + 8].try_into().unwrap()) & layout::qcow2::OFFSET;
+        for target in [4096, 2 * 4096, l1 as u64, table] {
+            let entry = ring::Iov::from_slice(&(target | layout::qcow2::COPIED).to_be_bytes());
+            store.write(layout::HostOffset(table + 8), entry, false).await.unwrap();
+            let guest = Guest::new(open().await, &[]);
+            let error = guest.write(4096, &[2; 512]).await.unwrap_err();
+            assert!(error.kind() == ErrorKind::Corrupt && error.to_string().contains("tables"), "{error}");
+            assert_eq!(guest.read(0, 4096).await.unwrap(), [1; 4096]);
+            guest.image.close().await.unwrap();
+        }
+        let image = image::open(store.clone(), Format::Qcow2, OpenOptions { read_only: false, for_check: true });
+        let image = image.await.unwrap();
+        let report = image.check(image::Repair::All).await.unwrap();
+        assert!(report.is_clean() && report.corruptions_fixed > 0, "{report:#?}");
+        image.close().await.unwrap();
+        let guest = Guest::new(open().await, &[]);
+        guest.write(4096, &[2; 512]).await.unwrap();
+        assert_eq!(guest.read(0, 4096).await.unwrap(), [1; 4096]);
+        guest.image.close().await.unwrap();
+    });
 }
 
 /// New images, in hundreds of geometries: the reference finds nothing wrong, writes, finds nothing wrong, and is read.
