@@ -72,6 +72,7 @@ fn what_makes_no_sense_is_said_and_ends_as_with_qemu_img() -> Result {
         "convert -c -O raw m.raw x",
         "convert -n -O qcow2 m.raw nosuchfile.qcow2",
         "create -f qcow2 x",
+        "create -f qcow2 -b m.raw x",
         "create -f qcow2 -o cluster_size=1000 x 1M",
         "create -f qcow2 -o refcount_bits=3 x 1M",
         "create -f qcow2 -o compat=0.10,refcount_bits=8 x 1M",

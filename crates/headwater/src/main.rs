@@ -113,7 +113,7 @@ fn main() -> std::process::ExitCode {
     let colour = std::env::var_os("NO_COLOR").is_none() && std::io::IsTerminal::is_terminal(&std::io::stderr());
     tracing_subscriber::fmt().with_env_filter(filter).with_ansi(colour).with_writer(std::io::stderr).init();
     let outcome: Outcome = match command() {
-        Command::Create(args) => create::run(args),
+        Command::Create(args) => create::run(args, create::Guess::Once),
         Command::Info(args) => info::run(&args),
         Command::Map(args) => map::run(&args),
         Command::Check(args) => check::run(&args),

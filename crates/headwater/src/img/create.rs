@@ -52,10 +52,19 @@ pub(crate) struct Wanted {
     pub(crate) preallocation: Preallocation,
 }
 
-pub(crate) fn run(args: Args) -> Outcome {
+/// What to do where the backing file's format was not stated.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Guess {
+    /// Look, say what was found, and record it: plain `create`, as the first streaming patches used it.
+    Once,
+    /// Refuse, as qemu-img does.
+    Never,
+}
+
+pub(crate) fn run(args: Args, guess: Guess) -> Outcome {
     let format = format_named(&args.format).map_err(|e| format!("{}: {e}", args.file))?;
     let wanted = gather(&args, format).map_err(|e| format!("{}: {e}", args.file))?;
-    on_ring(make(&args, format, wanted))?;
+    on_ring(make(&args, format, wanted, guess))?;
     Ok(Exit::Ok)
 }
 
@@ -163,7 +172,7 @@ fn split_options(list: &str) -> Vec<String> {
     pairs
 }
 
-async fn make(args: &Args, format: Format, wanted: Wanted) -> Result<(), String> {
+async fn make(args: &Args, format: Format, wanted: Wanted, guess: Guess) -> Result<(), String> {
     let file = &args.file;
     let opener = FileOpener::default();
     let stated = wanted.backing_format.as_deref().map(format_named).transpose().map_err(|e| format!("{file}: {e}"))?;
@@ -178,6 +187,11 @@ async fn make(args: &Args, format: Format, wanted: Wanted) -> Result<(), String>
         } else {
             let (found, below) = look_at_backing(&opener, &name, file, stated).await?;
             size = size.or(Some(below));
+            if stated.is_none() && guess == Guess::Never {
+                return Err(format!(
+                    "{file}: Backing file specified without backing format\nDetected format of {found}."
+                ));
+            }
             if stated.is_none() && !args.quiet {
                 // QED can record of its backing file that it is raw, and nothing else.
                 let recorded = match found {

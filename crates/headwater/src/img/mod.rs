@@ -52,7 +52,7 @@ pub(crate) fn run(command: Command) -> Outcome {
         Command::Commit(args) => commit::run(&args),
         Command::Compare(args) => Ok(compare::run(&args)),
         Command::Convert(args) => convert::run(&args),
-        Command::Create(args) => create::run(args),
+        Command::Create(args) => create::run(args, create::Guess::Never),
         Command::Dd(args) => dd::run(&args),
         Command::Info(args) => info::run(&args),
         Command::Map(args) => map::run(&args),
