@@ -15,7 +15,7 @@ use std::collections::VecDeque;
 use std::rc::Rc;
 
 /// Bytes of one part.
-const PART: u64 = 2 << 20;
+const PART: u64 = 1 << 20;
 
 /// How it is to be done.
 #[derive(Clone, Copy, Debug)]
@@ -76,6 +76,8 @@ pub(crate) async fn copy(
     let copy = Rc::new(Copy { source, target, len, how, unit, spare: RefCell::default() });
     let mut reads: VecDeque<Work<(u64, Iov)>> = VecDeque::new();
     let mut writes: FuturesUnordered<Work<u64>> = FuturesUnordered::new();
+    // Writes to one file wait for each other in the system, and more so the more there are; packing is work, and done side by side.
+    let writers = if how.packed { how.parallel } else { 1 };
     let mut at = 0;
     loop {
         while at < len && reads.len() < how.parallel {
@@ -97,7 +99,7 @@ pub(crate) async fn copy(
         }
         let Some(read) = reads.pop_front() else { break };
         let (start, bytes) = read.await?;
-        while writes.len() >= how.parallel {
+        while writes.len() >= writers {
             steps.add(writes.next().await.unwrap_or(Ok(0))?);
         }
         let copy = Rc::clone(&copy);
