@@ -119,6 +119,7 @@ impl Core {
                 slice.set(index + 1, 0);
             }
         });
+        self.kept.borrow_mut().forget(at);
         self.room.space.borrow_mut().unlink(L2Entry::referred(before, &header));
         let raw = entry.encode(header.cluster_bits);
         self.count_later(L2Entry::referred(raw, &header));

@@ -10,6 +10,7 @@
 use super::Core;
 use super::check::{Scan, Stop};
 use super::refcount::Refcounts;
+use super::unpack::Kept;
 use crate::space::Space;
 use crate::tables::Tables;
 use crate::{CheckReport, Repair, Result};
@@ -125,6 +126,7 @@ impl Core {
         let header = self.header.get();
         let l1 = super::open::read_l1(&*self.store, &header).await?;
         self.cache.borrow_mut().clear();
+        *self.kept.borrow_mut() = Kept::default();
         *self.tables.borrow_mut() = Tables::new(super::l1_form(header.cluster_size()), l1);
         let table = self.read_refcount_table(&header).await?;
         *self.refcounts.borrow_mut() = Refcounts::new(table);

@@ -30,6 +30,13 @@ impl Kept {
         self.clusters.iter().rev().find(|(at, _)| *at == cluster).map(|(_, bytes)| Rc::clone(bytes))
     }
 
+    /// What the cluster held is no longer so.
+    pub(super) fn forget(&mut self, cluster: GuestOffset) {
+        if let Some(at) = self.clusters.iter().position(|(kept, _)| *kept == cluster) {
+            self.bytes -= self.clusters.remove(at).map_or(0, |(_, bytes)| bytes.len());
+        }
+    }
+
     fn put(&mut self, cluster: GuestOffset, bytes: Rc<[u8]>) {
         self.bytes += bytes.len();
         self.clusters.push_back((cluster, bytes));

@@ -287,6 +287,32 @@ fn snapshots_and_packed_clusters_are_the_references_too() {
     }
 }
 
+/// Unpacked clusters are kept in memory for a while: not longer than they are true.
+#[test]
+fn what_is_packed_anew_reads_anew() {
+    in_sim(async {
+        let store = MemoryStore::new("ours.qcow2", 0);
+        image::create::create(store.clone(), &image::create::CreateOptions::new(Format::Qcow2, 1 << 20)).await.unwrap();
+        let image = image::open(store, Format::Qcow2, OpenOptions::default()).await.unwrap();
+        let guest = Guest::new(image, &[]);
+        let pack = async |byte: u8| {
+            let bytes = ring::Iov::from_slice(&vec![byte; 65536]);
+            assert!(guest.image.pack(GuestOffset(65536), bytes).await.unwrap());
+            assert_eq!(guest.read(65536, 3).await.unwrap(), [byte; 3]);
+        };
+        pack(1).await;
+        let action = |name: &str| image::SnapshotAction::Create(name.to_owned(), (1, 0));
+        guest.image.snapshot(action("one")).await.unwrap();
+        pack(2).await;
+        guest.write(65536, &[3; 512]).await.unwrap();
+        assert_eq!(guest.read(65536 + 511, 2).await.unwrap(), [3, 2]);
+        pack(4).await;
+        guest.image.snapshot(image::SnapshotAction::Apply("one".to_owned())).await.unwrap();
+        assert_eq!(guest.read(65536, 3).await.unwrap(), [1; 3]);
+        guest.image.close().await.unwrap();
+    });
+}
+
 /// Bitmaps that record are marked as in use before anything is written; others, and all their clusters, stay what they are.
 #[test]
 fn bitmaps_are_not_kept_up_and_say_so() {
