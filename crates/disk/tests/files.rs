@@ -27,14 +27,7 @@ fn raw(path: &Path, fill: u8) {
 async fn qed(path: &Path, backing: &str, format: Option<Format>) {
     let store = FileStore::create(path, OpenOptions::default()).await.unwrap();
     let backing = Some(BackingRef { name: backing.to_owned(), format });
-    let options = CreateOptions {
-        format: Format::Qed,
-        size: SIZE,
-        backing,
-        cluster_size: None,
-        table_size: None,
-        qcow2: image::qcow2::Options::default(),
-    };
+    let options = CreateOptions { backing, ..CreateOptions::new(Format::Qed, SIZE) };
     create(store.clone(), &options).await.unwrap();
     store::Store::close(&*store).await.unwrap();
 }

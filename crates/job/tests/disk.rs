@@ -53,14 +53,7 @@ impl World {
     async fn overlay(&self, name: &str, backing: &str, format: Format) {
         let bytes = MemoryStore::new(name, 0);
         let backing = Some(BackingRef { name: backing.to_owned(), format: Some(format) });
-        let options = CreateOptions {
-            format: Format::Qed,
-            size: SIZE,
-            backing,
-            cluster_size: None,
-            table_size: None,
-            qcow2: image::qcow2::Options::default(),
-        };
+        let options = CreateOptions { backing, ..CreateOptions::new(Format::Qed, SIZE) };
         create(bytes.clone(), &options).await.unwrap();
         self.put(name, bytes);
     }

@@ -81,14 +81,14 @@ pub(crate) fn text(list: &[Snapshot]) -> String {
             seconds % 60,
             vm_clock / 1_000_000 % 1000
         );
-        let (size, date) = (human(*vm_state_size), local_time(date.0.into()));
+        let (size, date) = (human(*vm_state_size), utc(date.0.into()));
         let _ = writeln!(text, "{id:<7} {name:<16} {size:>8} {date:>19} {clock:>15} {icount:>10}");
     }
     text
 }
 
 /// A moment as people write it: `2026-11-26 20:15:00`, in UTC.
-fn local_time(seconds: u64) -> String {
+fn utc(seconds: u64) -> String {
     // Days into years and months: Howard Hinnant, "chrono-Compatible Low-Level Date Algorithms", civil_from_days.
     let (days, rest) = (seconds / 86400, seconds % 86400);
     let shifted = days + 719_468;
@@ -108,8 +108,8 @@ mod tests {
 
     #[test]
     fn moments_are_written_out() {
-        assert_eq!(local_time(0), "1970-01-01 00:00:00");
-        assert_eq!(local_time(951_827_696), "2000-02-29 12:34:56");
-        assert_eq!(local_time(1_795_723_200), "2026-11-26 20:00:00");
+        assert_eq!(utc(0), "1970-01-01 00:00:00");
+        assert_eq!(utc(951_827_696), "2000-02-29 12:34:56");
+        assert_eq!(utc(1_795_723_200), "2026-11-26 20:00:00");
     }
 }

@@ -8,7 +8,7 @@
 
 use super::Core;
 use super::resolve::Table;
-use crate::{BackingRef, Error, ErrorKind, Keep, Purpose, Result};
+use crate::{BackingRef, ErrorKind, Format, Keep, Purpose, Result};
 use layout::qcow2::{Extension, Extensions, Header, L2Entry, MAX_BACKING_NAME, Slice};
 use layout::{GuestOffset, GuestRange, HostOffset, HostRange};
 use ring::Iov;
@@ -59,15 +59,7 @@ impl HeaderZone {
 
 /// Checks a reference before anything is written; also used for new images.
 pub(super) fn check_backing(image: &str, backing: &BackingRef) -> Result<()> {
-    let len = backing.name.len();
-    let most = MAX_BACKING_NAME as usize;
-    let what = match len {
-        0 => "the name of the backing file is empty".to_owned(),
-        _ if backing.name.contains('\0') => "the name of the backing file contains a NUL byte".to_owned(),
-        _ if len <= most => return Ok(()),
-        _ => format!("the name of the backing file has {len} bytes; QCOW2 images hold at most {most}"),
-    };
-    Err(Error::new(ErrorKind::InvalidArgument, image, None, what))
+    backing.check(image, Format::Qcow2, MAX_BACKING_NAME as usize)
 }
 
 /// The extensions of an image with this backing file, others as they are in `before`.
@@ -316,7 +308,6 @@ impl Core {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::Format;
 
     #[test]
     fn extensions_that_are_not_known_stay_behind_the_format() {

@@ -7,7 +7,7 @@
 //! * What we do not know in the header's clusters stays as it is.
 
 use super::Core;
-use crate::{BackingRef, Error, ErrorKind, Format, Keep, Purpose, Result};
+use crate::{BackingRef, ErrorKind, Format, Keep, Purpose, Result};
 use layout::qed::geometry::SECTOR;
 use layout::qed::{Features, HEADER_BYTES, Header, MAX_BACKING_NAME, NameSlot, SLICE_BYTES, SLICE_ENTRIES};
 use layout::{GuestOffset, GuestRange, HostOffset, HostRange};
@@ -71,16 +71,7 @@ fn span(slot: NameSlot) -> Range<usize> {
 
 /// Checks a reference before anything is written; also used for new images.
 pub(super) fn check_backing(image: &str, backing: &BackingRef) -> Result<()> {
-    let len = backing.name.len();
-    let what = match len {
-        0 => "the name of the backing file is empty".to_owned(),
-        1..=MAX_BACKING_NAME if backing.name.contains('\0') => {
-            "the name of the backing file contains a NUL byte".to_owned()
-        }
-        1..=MAX_BACKING_NAME => return Ok(()),
-        _ => format!("the name of the backing file has {len} bytes; QED images hold at most {MAX_BACKING_NAME}"),
-    };
-    Err(Error::new(ErrorKind::InvalidArgument, image, None, what))
+    backing.check(image, Format::Qed, MAX_BACKING_NAME)
 }
 
 /// The feature bits that describe a backing file.
