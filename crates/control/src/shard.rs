@@ -173,6 +173,15 @@ impl Opener for Sources {
         })
     }
 
+    fn companion<'a>(
+        &'a self,
+        name: &'a str,
+        referrer: &'a str,
+        read_only: bool,
+    ) -> LocalBoxFuture<'a, disk::Result<Rc<dyn Store>>> {
+        self.files.companion(name, referrer, read_only)
+    }
+
     fn identify(&self, name: &str, referrer: Option<&str>) -> String {
         self.files.identify(name, referrer)
     }

@@ -4,7 +4,7 @@
 
 use crate::names::{self, Name};
 use futures_util::future::LocalBoxFuture;
-use image::{Error, ErrorKind, Format, Image, OpenOptions, Result};
+use image::{Companions, Error, ErrorKind, Format, Image, OpenOptions, Result, Surroundings};
 use std::collections::HashSet;
 use std::rc::Rc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -53,6 +53,23 @@ pub trait Opener {
         read_only: bool,
     ) -> LocalBoxFuture<'a, Result<Rc<dyn Store>>>;
 
+    /// Opens another file of the image `referrer` ([`image::Companions`]): as [`Opener::open`] does, but writable where the image is.
+    /// Refused unless there is a way.
+    fn companion<'a>(
+        &'a self,
+        name: &'a str,
+        referrer: &'a str,
+        read_only: bool,
+    ) -> LocalBoxFuture<'a, Result<Rc<dyn Store>>> {
+        image::NoCompanions.open(name, referrer, read_only)
+    }
+
+    /// What unlocks the image `name` (seen from `referrer`), if it is encrypted and the user gave it.
+    fn passphrase(&self, name: &str, referrer: Option<&str>) -> Option<Vec<u8>> {
+        let _ = (name, referrer);
+        None
+    }
+
     /// The name that identifies what `name` (seen from `referrer`) stands for, to find cycles: a canonical path or URL.
     fn identify(&self, name: &str, referrer: Option<&str>) -> String;
 }
@@ -73,21 +90,20 @@ impl Opener for FileOpener {
         referrer: Option<&'a str>,
         read_only: bool,
     ) -> LocalBoxFuture<'a, Result<Rc<dyn Store>>> {
-        Box::pin(async move {
-            let local = match names::parse(name) {
-                Name::Local(local) => local,
-                Name::Remote(protocol) => {
-                    let what = format!(
-                        "'{protocol}' is not a protocol this Headwater can open (for a file of that name write './{name}')"
-                    );
-                    return Err(Error::new(ErrorKind::Unsupported, name, None, what));
-                }
-            };
-            let mut options = if referrer.is_none() { self.top.clone() } else { self.below.clone() };
-            options.read_only |= read_only || referrer.is_some();
-            let store = FileStore::open(&names::resolve(local, referrer), options).await?;
-            Ok(store as Rc<dyn Store>)
-        })
+        let mut options = if referrer.is_none() { self.top.clone() } else { self.below.clone() };
+        options.read_only |= read_only || referrer.is_some();
+        Box::pin(open_file(name, referrer, options))
+    }
+
+    fn companion<'a>(
+        &'a self,
+        name: &'a str,
+        referrer: &'a str,
+        read_only: bool,
+    ) -> LocalBoxFuture<'a, Result<Rc<dyn Store>>> {
+        let mut options = if read_only { self.below.clone() } else { self.top.clone() };
+        options.read_only |= read_only;
+        Box::pin(open_file(name, Some(referrer), options))
     }
 
     fn identify(&self, name: &str, referrer: Option<&str>) -> String {
@@ -95,6 +111,18 @@ impl Opener for FileOpener {
         let path = names::resolve(local, referrer);
         let real = path.canonicalize().or_else(|_| std::path::absolute(&path)).unwrap_or(path);
         real.to_string_lossy().into_owned()
+    }
+}
+
+async fn open_file(name: &str, referrer: Option<&str>, options: store::file::OpenOptions) -> Result<Rc<dyn Store>> {
+    match names::parse(name) {
+        Name::Local(local) => Ok(FileStore::open(&names::resolve(local, referrer), options).await?),
+        Name::Remote(protocol) => {
+            let what = format!(
+                "'{protocol}' is not a protocol this Headwater can open (for a file of that name write './{name}')"
+            );
+            Err(Error::new(ErrorKind::Unsupported, name, None, what))
+        }
     }
 }
 
@@ -156,6 +184,20 @@ async fn open_layers(opener: &dyn Opener, name: &str, options: &ChainOptions, la
     Ok(())
 }
 
+/// The other files of an image come from where the image comes from.
+struct FilesOf<'a>(&'a dyn Opener);
+
+impl Companions for FilesOf<'_> {
+    fn open<'a>(
+        &'a self,
+        name: &'a str,
+        referrer: &'a str,
+        read_only: bool,
+    ) -> LocalBoxFuture<'a, Result<Rc<dyn Store>>> {
+        self.0.companion(name, referrer, read_only)
+    }
+}
+
 async fn open_one(
     opener: &dyn Opener,
     name: &str,
@@ -169,7 +211,9 @@ async fn open_one(
             Some(format) => format,
             None => image::probe::probe(&*store).await?,
         };
-        image::open(Rc::clone(&store), format, options).await
+        let passphrase = opener.passphrase(name, referrer);
+        let surroundings = Surroundings { companions: &FilesOf(opener), passphrase: passphrase.as_deref() };
+        image::open_in(Rc::clone(&store), format, options, surroundings).await
     };
     let result = opened.await;
     if result.is_err() {

@@ -40,7 +40,7 @@ mod tables;
 pub use backing::BackingRef;
 pub use check::{CheckReport, Repair};
 pub use error::{Error, ErrorKind, Result};
-pub use open::{OpenOptions, open};
+pub use open::{Companions, NoCompanions, OpenOptions, Surroundings, open, open_in};
 pub use probe::Format;
 pub use reservation::{Keep, Linked, Purpose, Reservation};
 pub use snapshot::{Snapshot, SnapshotAction};

@@ -1,6 +1,7 @@
 //! Opening: a store and a stated format make an [`Image`].
 
-use crate::{Format, Image, Result};
+use crate::{Error, ErrorKind, Format, Image, Result};
+use futures_util::future::LocalBoxFuture;
 use std::rc::Rc;
 use store::Store;
 
@@ -13,9 +14,57 @@ pub struct OpenOptions {
     pub for_check: bool,
 }
 
+/// Opens the other files that an image is made of: extents of a VMDK, the data file of a QCOW2.
+pub trait Companions {
+    /// Opens the file that the image `referrer` (its store's name) calls `name`; a relative name is relative to that image's folder.
+    /// Names are data from an untrusted header: whoever implements this decides what may be opened.
+    fn open<'a>(
+        &'a self,
+        name: &'a str,
+        referrer: &'a str,
+        read_only: bool,
+    ) -> LocalBoxFuture<'a, Result<Rc<dyn Store>>>;
+}
+
+/// Opens none: for images that are one file.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct NoCompanions;
+
+impl Companions for NoCompanions {
+    fn open<'a>(&'a self, name: &'a str, referrer: &'a str, _: bool) -> LocalBoxFuture<'a, Result<Rc<dyn Store>>> {
+        let what = format!("it needs another file, '{name}', and may open none here");
+        Box::pin(async move { Err(Error::new(ErrorKind::Unsupported, referrer, None, what)) })
+    }
+}
+
+/// What an image needs besides the file that is the image.
+#[derive(Clone, Copy)]
+pub struct Surroundings<'a> {
+    /// Opens its other files.
+    pub companions: &'a dyn Companions,
+    /// What unlocks it, if it is encrypted.
+    pub passphrase: Option<&'a [u8]>,
+}
+
+impl Default for Surroundings<'_> {
+    fn default() -> Self {
+        Self { companions: &NoCompanions, passphrase: None }
+    }
+}
+
+/// [`open_in`], of an image that is one file and not encrypted.
+pub async fn open(store: Rc<dyn Store>, format: Format, options: OpenOptions) -> Result<Rc<dyn Image>> {
+    open_in(store, format, options, Surroundings::default()).await
+}
+
 /// Opens the image that `store` holds, in the stated format. A QED image that was not closed cleanly is checked and
 /// repaired first (unless read-only or for a check), leaks included.
-pub async fn open(store: Rc<dyn Store>, format: Format, options: OpenOptions) -> Result<Rc<dyn Image>> {
+pub async fn open_in(
+    store: Rc<dyn Store>,
+    format: Format,
+    options: OpenOptions,
+    _surroundings: Surroundings<'_>,
+) -> Result<Rc<dyn Image>> {
     match format {
         Format::Raw => crate::raw::open(store, options),
         Format::Qcow2 => crate::qcow2::open(store, options).await,
