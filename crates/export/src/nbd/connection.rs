@@ -5,13 +5,13 @@
 
 use super::execute;
 use super::flight::{Flight, Ticket};
-use super::handshake::{Agreement, Handshake, Offer, Progress};
 use super::inbound::Inbound;
 use super::outbox::{Outbox, Piece};
-use super::proto::{Command, NbdError};
-use super::reply::Head;
-use super::request::{Refusal, Request, Terms};
 use disk::Disk;
+use nbd::handshake::{Agreement, Handshake, Offer, Progress};
+use nbd::proto::{Command, NbdError};
+use nbd::reply::Head;
+use nbd::request::{Refusal, Request, Terms};
 use ring::{File, Iov, spawn};
 use rustix::net::Shutdown;
 use std::cell::Cell;

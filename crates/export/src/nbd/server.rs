@@ -4,14 +4,14 @@
 //! nobody accepts any more and the list is empty.
 
 use super::connection::{self, Link};
-use super::handshake::Offer;
 use super::listen::{Listener, SocketFile, listen};
-use super::option::BlockSize;
-use super::proto::{MAX_PAYLOAD, MAX_STRING, TransmissionFlags};
 use super::{Address, NbdExport};
 use crate::ExportError;
 use disk::Disk;
 use futures_util::future::{Either, select};
+use nbd::handshake::Offer;
+use nbd::option::BlockSize;
+use nbd::proto::{MAX_PAYLOAD, MAX_STRING, TransmissionFlags};
 use ring::sync::Event;
 use ring::{File, spawn};
 use rustix::net::Shutdown;

@@ -3,14 +3,14 @@
 //! **Invariant.** One option is under way at a time, and only its replies are accepted.
 
 use super::ClientError;
-use crate::nbd::option::{
+use crate::option::{
     BlockSize, Info, InfoQuery, MetaQuery, OptionReplyHead, decode_context, decode_server, encode_option,
 };
-use crate::nbd::proto::{
+use crate::proto::{
     BASE_ALLOCATION, ClientFlags, EXPORT_NAME_PADDING, GREETING_LEN, HandshakeFlags, IHAVEOPT, InfoKind, MAX_STRING,
     NBD_REP_FLAG_ERROR, NBDMAGIC, OPTION_REPLY_LEN, OptionKind, OptionReplyKind, TransmissionFlags,
 };
-use crate::nbd::wire::Fields;
+use crate::wire::Fields;
 
 /// The longest reply to an option that is believed, in bytes: two strings and change.
 const MAX_REPLY: u32 = 3 * MAX_STRING as u32;
@@ -294,8 +294,8 @@ impl ClientHandshake {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::nbd::handshake::{ALLOCATION_CONTEXT, Agreement, Handshake, Offer, Progress};
-    use crate::nbd::option::encode_option_reply;
+    use crate::handshake::{ALLOCATION_CONTEXT, Agreement, Handshake, Offer, Progress};
+    use crate::option::encode_option_reply;
     use proptest::prelude::*;
 
     fn offers() -> Vec<Offer> {

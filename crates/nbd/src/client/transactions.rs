@@ -5,12 +5,12 @@
 
 use super::ClientError;
 use super::handshake::Session;
-use crate::nbd::proto::{
+use crate::proto::{
     ChunkFlags, ChunkKind, Command, CommandFlags, MAX_PAYLOAD, MAX_STRING, NBD_REPLY_TYPE_FLAG_ERROR, NbdError,
 };
-use crate::nbd::reply::{Extent, ReplyHead, decode_extents};
-use crate::nbd::request::Request;
-use crate::nbd::wire::Fields;
+use crate::reply::{Extent, ReplyHead, decode_extents};
+use crate::request::Request;
+use crate::wire::Fields;
 use std::collections::HashMap;
 
 /// The longest payload of a chunk that is believed, in bytes: the data of the longest read, or as many block descriptors.
@@ -280,8 +280,8 @@ impl Pending {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::nbd::proto::AllocationState;
-    use crate::nbd::reply::{Head, encode_extents};
+    use crate::proto::AllocationState;
+    use crate::reply::{Head, encode_extents};
     use proptest::prelude::*;
 
     fn transactions(structured: bool) -> Transactions {
