@@ -1,15 +1,19 @@
 //! Places that hold bytes. Floor 2: a store knows nothing of what its bytes mean.
 //!
-//! The contract is [`Store`]. [`mod@file`] holds a local file or block device, [`memory`] holds bytes in memory; [`fault`] and
-//! [`trace`] are decorators around any of them.
+//! The contract is [`Store`]. [`mod@file`] holds a local file or block device, [`memory`] holds bytes in memory, [`null`] holds none,
+//! [`mod@nbd`] is an export of somebody else's server; [`fault`], [`trace`], [`throttle`] and [`debug`] are decorators around any of them.
 #![forbid(unsafe_code)]
 
 mod abandoned;
 pub mod ailing;
+pub mod debug;
 pub mod error;
 pub mod fault;
 pub mod file;
 pub mod memory;
+pub mod nbd;
+pub mod null;
+pub mod throttle;
 pub mod trace;
 
 pub use error::{Error, ErrorKind, Operation, Result};
