@@ -1,7 +1,7 @@
 //! What lives on one shard: devices, their jobs, their exports. Reached only by closures that run there.
 
 use crate::{DiskSpec, Failure};
-use disk::chain::{ChainOptions, FileOpener, Opener, open_chain};
+use disk::chain::{ChainOptions, FileOpener, Opened, Opener, open_chain};
 use disk::{Disk, DiskOptions};
 use export::nbd::{Address, NbdExport, NbdServer};
 use export::vhost_user::{VhostUserExport, VhostUserServer};
@@ -163,13 +163,13 @@ impl Opener for Sources {
         name: &'a str,
         referrer: Option<&'a str>,
         read_only: bool,
-    ) -> LocalBoxFuture<'a, disk::Result<Rc<dyn Store>>> {
+    ) -> LocalBoxFuture<'a, disk::Result<Opened>> {
         Box::pin(async move {
-            let store = self.files.open(name, referrer, read_only).await?;
+            let mut opened = self.files.open(name, referrer, read_only).await?;
             if referrer.is_some() && self.ailments != Ailments::default() {
-                return Ok(AilingStore::new(store, self.ailments.clone()) as Rc<dyn Store>);
+                opened.store = AilingStore::new(opened.store, self.ailments.clone());
             }
-            Ok(store)
+            Ok(opened)
         })
     }
 

@@ -34,7 +34,7 @@ mod view;
 mod write;
 mod zero;
 
-pub use chain::{ChainOptions, FileOpener, Layer, Opener};
+pub use chain::{Below, ChainOptions, FileOpener, Layer, Opened, Opener};
 pub use image::{Error, ErrorKind, Result};
 pub use stream::{Claim, Copied, Missing, StreamBase};
 

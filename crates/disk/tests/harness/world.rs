@@ -2,7 +2,7 @@
 
 use super::dice::Dice;
 use super::sketch::{Plain, Sketch, Tables};
-use disk::chain::{ChainOptions, Opener, open_chain};
+use disk::chain::{ChainOptions, Opened, Opener, open_chain};
 use disk::{Disk, DiskOptions, Error, ErrorKind, Layer, Result};
 use futures_util::future::LocalBoxFuture;
 use image::create::{CreateOptions, create};
@@ -170,10 +170,12 @@ impl Opener for World {
         name: &'a str,
         referrer: Option<&'a str>,
         read_only: bool,
-    ) -> LocalBoxFuture<'a, Result<Rc<dyn Store>>> {
+    ) -> LocalBoxFuture<'a, Result<Opened>> {
         Box::pin(async move {
             let store = self.store(name, read_only || referrer.is_some());
-            store.ok_or_else(|| Error::new(ErrorKind::Chain, name, None, "no such file in this world"))
+            store
+                .map(Opened::from)
+                .ok_or_else(|| Error::new(ErrorKind::Chain, name, None, "no such file in this world"))
         })
     }
 
