@@ -27,6 +27,7 @@ mod populate;
 mod read;
 mod resize;
 mod shield;
+mod stacked;
 mod stats;
 mod status;
 mod stream;
@@ -36,6 +37,7 @@ mod zero;
 
 pub use chain::{Below, ChainOptions, FileOpener, Layer, Opened, Opener};
 pub use image::{Error, ErrorKind, Result};
+pub use stacked::DiskStore;
 pub use stream::{Claim, Copied, Missing, StreamBase};
 
 use crate::disk::Inner;

@@ -1,7 +1,7 @@
 //! QMP: the machine monitor protocol, JSON over a unix socket.
 //!
 //! # Invariants
-//! * A client harms only itself: what it sends is bounded ([`mod@json`]), it is read only while its last command is answered, and one
+//! * A client harms only itself: what it sends is bounded ([`graph::json`]), it is read only while its last command is answered, and one
 //!   that does not read what it is sent is cut off rather than served with gaps.
 //! * Answers and events are one line each. What a command caused is told before the command's own answer.
 //! * When the process ends, clients hear of everything that this causes before they are hung up on.
@@ -10,7 +10,6 @@ mod arguments;
 mod command;
 mod event;
 mod jobs;
-mod json;
 mod query;
 
 pub(crate) use command::version;
@@ -18,7 +17,7 @@ pub(crate) use jobs::{Stream, all as all_jobs, block_job};
 pub(crate) use query::{block_text, stats_text};
 
 use crate::{Engine, ErrorClass, Failure, Stamped, socket};
-use json::{Framed, Framer};
+use graph::json::{Framed, Framer};
 use serde_json::{Map, Value, json};
 use std::future::pending;
 use std::io;
@@ -224,5 +223,7 @@ async fn next_event(events: &mut Option<mpsc::Receiver<Stamped>>) -> Option<Stam
 /// For fuzz/: all that a stream of these bytes holds (mistakes as their texts), and how many bytes are held back at its end.
 #[cfg(feature = "fuzzing")]
 pub fn framed(bytes: &[u8]) -> (Vec<Result<serde_json::Value, String>>, usize) {
-    json::framed(bytes)
+    let mut framer = Framer::default();
+    let values = bytes.iter().filter_map(|byte| framer.take(*byte)).collect();
+    (values, framer.held())
 }
