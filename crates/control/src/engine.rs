@@ -26,11 +26,13 @@ pub struct EngineConfig {
     pub shards: usize,
     /// Each shard's ring.
     pub ring: ring::Config,
+    /// What disks' names may refer to, as `--object` has it ([`graph::Objects`]).
+    pub objects: Vec<String>,
 }
 
 impl Default for EngineConfig {
     fn default() -> Self {
-        Self { shards: 1, ring: ring::Config::default() }
+        Self { shards: 1, ring: ring::Config::default(), objects: Vec::new() }
     }
 }
 
@@ -91,13 +93,15 @@ impl Engine {
     /// Starts the shard threads.
     pub fn start(config: &EngineConfig) -> io::Result<Self> {
         let subscribers: Arc<Mutex<Vec<mpsc::Sender<Stamped>>>> = Arc::default();
+        // Each shard has its own, of the same texts; mistakes are found before anything runs.
+        graph::Objects::new(&config.objects).map_err(io::Error::other)?;
         let mut shards = Vec::new();
         for index in 0..config.shards.max(1) {
             let shard = Shard::start(&format!("shard-{index}"), config.ring.clone())?;
-            let subscribers = subscribers.clone();
+            let (subscribers, objects) = (subscribers.clone(), config.objects.clone());
             shard
                 .handle()
-                .post(move || ShardState::install(Rc::new(move |event| publish(&subscribers, event))))
+                .post(move || ShardState::install(Rc::new(move |event| publish(&subscribers, event)), &objects))
                 .map_err(io::Error::other)?;
             shards.push(shard);
         }

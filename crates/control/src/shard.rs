@@ -6,6 +6,7 @@ use disk::{Disk, DiskOptions};
 use export::nbd::{Address, NbdExport, NbdServer};
 use export::vhost_user::{VhostUserExport, VhostUserServer};
 use futures_util::future::LocalBoxFuture;
+use graph::{Objects, Sources};
 use job::{Events, Jobs};
 use std::cell::RefCell;
 use std::path::PathBuf;
@@ -30,17 +31,21 @@ pub struct Device {
 pub struct ShardState {
     devices: RefCell<Vec<Rc<Device>>>,
     jobs: Rc<Jobs>,
+    objects: Rc<Objects>,
     nbd: RefCell<Vec<Rc<NbdServer>>>,
     vhost_user: RefCell<Vec<(String, Rc<VhostUserServer>)>>,
 }
 
 impl ShardState {
     /// Sets this thread's state up; once, before anything else runs here.
-    pub(crate) fn install(events: Events) {
+    pub(crate) fn install(events: Events, objects: &[String]) {
+        // They were looked at before any shard was started.
+        let objects = Rc::new(Objects::new(objects).unwrap_or_default());
         STATE.with(|state| {
             *state.borrow_mut() = Some(Rc::new(Self {
                 devices: RefCell::default(),
                 jobs: Jobs::new(events),
+                objects,
                 nbd: RefCell::default(),
                 vhost_user: RefCell::default(),
             }));
@@ -78,7 +83,8 @@ impl ShardState {
             },
             below: OpenOptions { read_only: true, direct: spec.cache.direct(), ..OpenOptions::default() },
         };
-        let opener = Sources { files, ailments: spec.source.clone() };
+        let sources = Sources::new(files, Rc::clone(&self.objects));
+        let opener = Ailing { sources, ailments: spec.source.clone() };
         let options = ChainOptions { format: spec.format, read_only: spec.read_only, ..ChainOptions::default() };
         let chain = open_chain(&opener, &spec.file, options).await?;
         let disk = Disk::new(
@@ -151,13 +157,13 @@ impl ShardState {
     }
 }
 
-/// Local files; what lies below the top may be ailing, if that is asked for.
-struct Sources {
-    files: FileOpener,
+/// Whatever names stand for; what lies below the top may be ailing, if that is asked for.
+struct Ailing {
+    sources: Sources,
     ailments: Ailments,
 }
 
-impl Opener for Sources {
+impl Opener for Ailing {
     fn open<'a>(
         &'a self,
         name: &'a str,
@@ -165,7 +171,7 @@ impl Opener for Sources {
         read_only: bool,
     ) -> LocalBoxFuture<'a, disk::Result<Opened>> {
         Box::pin(async move {
-            let mut opened = self.files.open(name, referrer, read_only).await?;
+            let mut opened = self.sources.open(name, referrer, read_only).await?;
             if referrer.is_some() && self.ailments != Ailments::default() {
                 opened.store = AilingStore::new(opened.store, self.ailments.clone());
             }
@@ -179,10 +185,10 @@ impl Opener for Sources {
         referrer: &'a str,
         read_only: bool,
     ) -> LocalBoxFuture<'a, disk::Result<Rc<dyn Store>>> {
-        self.files.companion(name, referrer, read_only)
+        self.sources.companion(name, referrer, read_only)
     }
 
     fn identify(&self, name: &str, referrer: Option<&str>) -> String {
-        self.files.identify(name, referrer)
+        self.sources.identify(name, referrer)
     }
 }

@@ -149,10 +149,8 @@ async fn open_file(name: &str, referrer: Option<&str>, options: store::file::Ope
     match names::parse(name) {
         Name::Local(local) => Ok(FileStore::open(&names::resolve(local, referrer), options).await?),
         Name::Remote(protocol) => {
-            let what = format!(
-                "'{protocol}' is not a protocol this Headwater can open (for a file of that name write './{name}')"
-            );
-            Err(Error::new(ErrorKind::Unsupported, name, None, what))
+            let what = format!("Unknown protocol '{protocol}' (for a file of that name write './{name}')");
+            Err(Error::new(ErrorKind::Unsupported, "", None, what))
         }
     }
 }

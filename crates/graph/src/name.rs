@@ -59,7 +59,8 @@ fn parse_json(text: &str) -> Result<Map<String, Value>, Error> {
     }
 }
 
-fn has_protocol(name: &str) -> bool {
+/// Whether a name is more than a file's.
+pub(crate) fn has_protocol(name: &str) -> bool {
     ["json:", "nbd:", "nbd+", "null-co:", "null-aio:", "blkdebug:"].iter().any(|protocol| name.starts_with(protocol))
 }
 

@@ -3,6 +3,7 @@
 //! Children are names again (`json:{…}`), so that each is understood when it is opened.
 
 use crate::config;
+use crate::name::has_protocol;
 use crate::options::{Keys, nest};
 use crate::wrong;
 use disk::Below;
@@ -70,11 +71,24 @@ pub(crate) fn as_name(tree: &Map<String, Value>) -> String {
     format!("json:{}", Value::Object(tree.clone()))
 }
 
+/// The name of a child's tree. Where no driver is stated, its file name says which protocol it is.
+fn child_name(mut tree: Map<String, Value>) -> String {
+    if !tree.contains_key("driver")
+        && let Some(Value::String(file)) = tree.get("filename")
+    {
+        if tree.len() == 1 && has_protocol(file) {
+            return file.clone();
+        }
+        tree.insert("driver".to_owned(), Value::String("file".to_owned()));
+    }
+    as_name(&tree)
+}
+
 /// The name of a child.
 fn child(keys: &mut Keys, key: &str) -> Result<Option<String>, Error> {
     match keys.any(key) {
         None => Ok(None),
-        Some(Value::Object(tree)) => Ok(Some(as_name(&tree))),
+        Some(Value::Object(tree)) => Ok(Some(child_name(tree))),
         Some(Value::String(node)) => Err(wrong(format!("Cannot find device='{node}' nor node-name='{node}'"))),
         Some(_) => Err(wrong(format!("Invalid parameter type for '{key}', expected: BlockdevRef"))),
     }

@@ -2,13 +2,14 @@
 //! left.
 
 use crate::exit::{Exit, Outcome};
-use crate::images::format_named;
+use crate::images::{self, Look, Naming};
 use crate::tool;
 use control::{CacheMode, DiskSpec, Engine, EngineConfig};
+use disk::chain::Opener;
 use export::nbd::Address;
 use image::create::CreateOptions;
 use image::{BackingRef, Format};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 use store::ailing::Ailments;
@@ -20,6 +21,8 @@ const PATIENCE: Duration = Duration::from_secs(30);
 #[derive(clap::Args)]
 #[expect(clippy::struct_excessive_bools, reason = "a command line is made of switches")]
 pub(crate) struct Args {
+    #[command(flatten)]
+    naming: Naming,
     /// Port to listen on
     #[arg(short, long, value_name = "PORT", default_value_t = 10809)]
     port: u16,
@@ -74,14 +77,16 @@ pub(crate) struct Args {
 
 pub(crate) fn run(args: &Args) -> Outcome {
     let _ = (args.shared, &args.aio, &args.discard, args.verbose);
-    let format = args.format.as_deref().map(format_named).transpose()?;
+    let look = args.naming.look(args.format.as_deref())?;
+    let format = look.format;
+    let named = args.naming.name(&args.file)?;
     let cache = if args.nocache { Some(CacheMode::None) } else { CacheMode::from_name(&args.cache) };
     let cache = cache.ok_or_else(|| format!("Invalid cache mode '{}'", args.cache))?;
     if args.fork {
         return go_into_the_background(args);
     }
-    let temporary = if args.snapshot { Some(overlay(&args.file, format)?) } else { None };
-    let file = temporary.as_ref().map_or_else(|| args.file.clone(), |(_, file)| file.clone());
+    let temporary = if args.snapshot { Some(overlay(&named, &look)?) } else { None };
+    let file = temporary.as_ref().map_or_else(|| named.clone(), |(_, file)| file.clone());
     let spec = DiskSpec {
         name: args.export_name.clone(),
         file,
@@ -106,7 +111,11 @@ async fn serve(args: &Args, spec: DiskSpec, address: Address) -> Result<(), Stri
     for kind in [SignalKind::interrupt(), SignalKind::terminate(), SignalKind::hangup()] {
         ends.push(signal(kind).map_err(|error| format!("could not watch for signals: {error}"))?);
     }
-    let engine = Engine::start(&EngineConfig { shards: 1, ..EngineConfig::default() });
+    let engine = Engine::start(&EngineConfig {
+        shards: 1,
+        objects: args.naming.object_texts().to_vec(),
+        ..EngineConfig::default()
+    });
     let engine = engine.map_err(|error| format!("could not start: {error}"))?;
     let name = spec.name.clone();
     let started = async {
@@ -179,16 +188,15 @@ fn go_into_the_background(args: &Args) -> Outcome {
 }
 
 /// An empty image over `file`, which goes away with the folder.
-fn overlay(file: &str, format: Option<Format>) -> Result<(tempfile::TempDir, String), String> {
+fn overlay(file: &str, look: &Look) -> Result<(tempfile::TempDir, String), String> {
     let dir = tempfile::tempdir().map_err(|error| error.to_string())?;
     let place = dir.path().join("snapshot.qcow2").to_string_lossy().into_owned();
-    let absolute = std::path::absolute(Path::new(file)).map_err(|error| error.to_string())?;
-    crate::images::on_ring(async {
-        let look = crate::images::Look { format, ..crate::images::Look::default() };
-        let chain = crate::images::open(file, look).await?;
+    let absolute = images::sources(look).identify(file, None);
+    images::on_ring(async {
+        let chain = images::open(file, &Look { image_opts: false, ..look.clone() }).await?;
         let (size, format) = (chain[0].image.size(), chain[0].image.format());
-        crate::images::close(&chain).await?;
-        let backing = BackingRef { name: absolute.to_string_lossy().into_owned(), format: Some(format) };
+        images::close(&chain).await?;
+        let backing = BackingRef { name: absolute, format: Some(format) };
         let options =
             CreateOptions { backing: Some(backing), ..CreateOptions::new(Format::Qcow2, size.next_multiple_of(512)) };
         crate::img::create::write(&place, &options).await

@@ -94,6 +94,11 @@ pub trait Store: 'static {
     /// What messages call it: the path as the user wrote it.
     fn name(&self) -> &str;
 
+    /// What kind of place it is, in QEMU's words.
+    fn protocol(&self) -> &'static str {
+        "file"
+    }
+
     /// Length in bytes, now.
     fn size(&self) -> u64;
 

@@ -46,6 +46,10 @@ impl Store for NullStore {
         &self.name
     }
 
+    fn protocol(&self) -> &'static str {
+        "null-co"
+    }
+
     fn size(&self) -> u64 {
         self.size
     }

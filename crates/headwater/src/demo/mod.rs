@@ -171,7 +171,7 @@ fn prove(master: &Path, top: &Path, guest: &Guest) -> Result<(), String> {
     fs::remove_file(master).map_err(|e| e.to_string())?;
     let top = PathBuf::from(top);
     on_ring(async {
-        let chain = images::open(&top.to_string_lossy(), Look::default()).await?;
+        let chain = images::open(&top.to_string_lossy(), &Look::default()).await?;
         let image = chain.first().ok_or("no image")?.image.clone();
         if let Some(below) = image.backing() {
             return Err(format!("the header still names '{}'", below.name));

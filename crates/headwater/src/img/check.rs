@@ -1,7 +1,7 @@
 //! `headwater check`: qemu-img's texts and exit codes.
 
 use crate::exit::{Exit, Outcome};
-use crate::images::{self, Look, Output, format_named, on_ring};
+use crate::images::{self, Look, Naming, Output, on_ring};
 use crate::tool;
 use clap::ValueEnum;
 use image::{CheckReport, Format, Repair};
@@ -18,6 +18,8 @@ enum Fix {
 
 #[derive(clap::Args)]
 pub(crate) struct Args {
+    #[command(flatten)]
+    naming: Naming,
     /// How to print
     #[arg(long, value_enum, default_value_t)]
     output: Output,
@@ -38,17 +40,15 @@ pub(crate) struct Args {
 }
 
 pub(crate) fn run(args: &Args) -> Outcome {
-    let format = args.format.as_deref().map(format_named).transpose()?;
     let look = Look {
-        format,
         force_share: args.force_share,
         no_backing: true,
         for_check: true,
         writable: args.repair.is_some(),
-        ..Look::default()
+        ..args.naming.look(args.format.as_deref())?
     };
     let checked = on_ring(async {
-        let chain = images::open(&args.file, look).await?;
+        let chain = images::open(&args.file, &look).await?;
         let image = chain.first().ok_or("no image")?.image.clone();
         let unchecked = match image.format() {
             Format::Raw => Some("This image format does not support checks"),

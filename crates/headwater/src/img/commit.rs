@@ -3,14 +3,16 @@
 use super::copy::{How, copy};
 use super::source::Source;
 use crate::exit::{Exit, Outcome};
-use crate::images::{self, Look, format_named, on_ring};
+use crate::images::{self, Look, Naming, on_ring};
 use crate::progress::Steps;
-use disk::chain::{FileOpener, Opener};
+use disk::chain::Opener;
 use disk::{Disk, DiskOptions};
 use std::rc::Rc;
 
 #[derive(clap::Args)]
 pub(crate) struct Args {
+    #[command(flatten)]
+    naming: Naming,
     /// Format of the image, instead of looking
     #[arg(short, value_name = "FMT")]
     format: Option<String>,
@@ -42,10 +44,10 @@ pub(crate) fn run(args: &Args) -> Outcome {
 }
 
 async fn commit(args: &Args) -> Result<(), String> {
-    let format = args.format.as_deref().map(format_named).transpose()?;
     // Who is below, and what lies between.
-    let chain = images::open(&args.file, Look { format, ..Look::default() }).await?;
-    let opener = FileOpener::default();
+    let look = args.naming.look(args.format.as_deref())?;
+    let chain = images::open(&args.file, &look).await?;
+    let opener = images::sources(&look);
     let found = match &args.base {
         None => chain.get(1).map(|_| 1),
         Some(base) => {
@@ -65,10 +67,10 @@ async fn commit(args: &Args) -> Result<(), String> {
         });
     };
     // What is read: the image and what lies between. The base itself is written to, so it is not in that chain.
-    let upper = Look { format: Some(top_format), layers: Some(layer), force_share: true, ..Look::default() };
-    let source = Disk::new(&args.file, images::open(&args.file, upper).await?, DiskOptions::default());
-    let lower = Look { format: Some(base_format), writable: true, ..Look::default() };
-    let target = Disk::new(&base, images::open(&base, lower).await?, DiskOptions::default());
+    let upper = Look { format: Some(top_format), layers: Some(layer), force_share: true, ..look.clone() };
+    let source = Disk::new(&args.file, images::open(&args.file, &upper).await?, DiskOptions::default());
+    let lower = Look { format: Some(base_format), writable: true, image_opts: false, ..look.clone() };
+    let target = Disk::new(&base, images::open(&base, &lower).await?, DiskOptions::default());
     let done = into(args, source.clone(), &target, size).await;
     let closed = target.close().await.map_err(|error| error.to_string());
     source.close().await.map_err(|error| error.to_string())?;
@@ -76,8 +78,8 @@ async fn commit(args: &Args) -> Result<(), String> {
     if args.keep || layer > 1 {
         return Ok(());
     }
-    let top = Look { format: Some(top_format), writable: true, no_backing: true, ..Look::default() };
-    let chain = images::open(&args.file, top).await?;
+    let top = Look { format: Some(top_format), writable: true, no_backing: true, ..look };
+    let chain = images::open(&args.file, &top).await?;
     let emptied = match chain[0].image.empty().await {
         Err(error) if error.kind() == image::ErrorKind::Unsupported => Ok(()),
         other => other.map_err(|error| error.to_string()),

@@ -2,7 +2,7 @@
 
 use super::source::Source;
 use crate::exit::Exit;
-use crate::images::{Look, format_named, on_ring};
+use crate::images::{Look, Naming, on_ring};
 use crate::progress::Steps;
 use crate::tool;
 use ring::Iov;
@@ -15,6 +15,8 @@ const SECTOR: usize = 512;
 
 #[derive(clap::Args)]
 pub(crate) struct Args {
+    #[command(flatten)]
+    naming: Naming,
     /// Format of the first image, instead of looking
     #[arg(short, value_name = "FMT")]
     format: Option<String>,
@@ -50,11 +52,11 @@ pub(crate) fn run(args: &Args) -> Exit {
 
 async fn compare(args: &Args) -> Result<Exit, String> {
     let look = |format: &Option<String>| {
-        let format = format.as_deref().map(format_named).transpose()?;
-        Ok::<_, String>(Look { format, force_share: args.force_share, ..Look::default() })
+        let look = args.naming.look(format.as_deref())?;
+        Ok::<_, String>(Look { force_share: args.force_share, ..look })
     };
-    let first = Source::open(std::slice::from_ref(&args.first), look(&args.format)?).await?;
-    let second = Source::open(std::slice::from_ref(&args.second), look(&args.other_format)?).await?;
+    let first = Source::open(std::slice::from_ref(&args.first), &look(&args.format)?).await?;
+    let second = Source::open(std::slice::from_ref(&args.second), &look(&args.other_format)?).await?;
     let compared = contents(args, &first, &second).await;
     first.close().await?;
     second.close().await?;

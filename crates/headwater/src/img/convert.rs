@@ -4,7 +4,7 @@ use super::copy::{How, copy};
 use super::create::{self, Wanted};
 use super::source::Source;
 use crate::exit::{Exit, Outcome};
-use crate::images::{self, Look, format_named, on_ring};
+use crate::images::{self, Look, Naming, format_named, on_ring};
 use crate::progress::Steps;
 use crate::size;
 use disk::{Disk, DiskOptions};
@@ -15,6 +15,11 @@ use std::rc::Rc;
 #[derive(clap::Args)]
 #[expect(clippy::struct_excessive_bools, reason = "a command line is made of switches")]
 pub(crate) struct Args {
+    #[command(flatten)]
+    naming: Naming,
+    /// The target (with -n) is named by a list of options, too
+    #[arg(long)]
+    target_image_opts: bool,
     /// Format of the source, instead of looking
     #[arg(short, value_name = "FMT")]
     format: Option<String>,
@@ -80,7 +85,6 @@ pub(crate) fn run(args: &Args) -> Outcome {
 async fn convert(args: &Args) -> Result<(), String> {
     let Some((target, files)) = args.files.split_last() else { return Err("no file was named".into()) };
     let output = format_named(&args.output_format)?;
-    let format = args.format.as_deref().map(format_named).transpose()?;
     if args.compress && output != Format::Qcow2 {
         return Err("Compression not supported for this file format".into());
     }
@@ -89,8 +93,11 @@ async fn convert(args: &Args) -> Result<(), String> {
             "Having a backing file for the target makes no sense when concatenating multiple input images".into()
         );
     }
-    let look = Look { format, force_share: args.force_share, ..Look::default() };
-    let source = Rc::new(Source::open(files, look).await?);
+    if args.target_image_opts && !args.no_create {
+        return Err("--target-image-opts requires use of -n flag".into());
+    }
+    let look = Look { force_share: args.force_share, ..args.naming.look(args.format.as_deref())? };
+    let source = Rc::new(Source::open(files, &look).await?);
     let done = into(args, &source, output, target).await;
     let closed = source.close().await;
     done.and(closed)
@@ -124,8 +131,15 @@ async fn into(args: &Args, source: &Rc<Source>, output: Format, target: &str) ->
         create::write(target, &options).await?;
         create::preallocate(target, output, wanted.preallocation).await?;
     }
-    let writable = Look { format: Some(output), writable: true, no_flush: args.cache == "unsafe", ..Look::default() };
-    let chain = images::open(target, writable).await?;
+    let writable = Look {
+        format: (!args.target_image_opts).then_some(output),
+        image_opts: args.target_image_opts,
+        objects: args.naming.objects()?,
+        writable: true,
+        no_flush: args.cache == "unsafe",
+        ..Look::default()
+    };
+    let chain = images::open(target, &writable).await?;
     let disk = Disk::new("target", chain, DiskOptions::default());
     let has_backing = disk.chain().len() > 1;
     if args.no_create && disk.size() < len {

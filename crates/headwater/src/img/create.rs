@@ -7,10 +7,12 @@ use crate::exit::{Exit, Outcome};
 use crate::images::{self, Look, format_named, on_ring};
 use crate::size;
 use crate::tool;
-use disk::chain::{FileOpener, Opener};
+use disk::chain::Opener;
+use graph::{Objects, Sources};
 use image::create::{CreateOptions, Preallocation, create, validate};
 use image::{BackingRef, Format, qcow2};
 use std::path::Path;
+use std::rc::Rc;
 use store::file::{FileStore, OpenOptions};
 
 #[derive(clap::Args)]
@@ -28,6 +30,9 @@ pub(crate) struct Args {
     /// refcount_bits, lazy_refcounts, extended_l2, compression_type
     #[arg(short, value_name = "OPTIONS")]
     options: Vec<String>,
+    /// Something that options refer to: secret,id=…
+    #[arg(long = "object", value_name = "OBJECT")]
+    objects: Vec<String>,
     /// Do not open the backing file (then its format and the size must be given)
     #[arg(short = 'u', long = "unsafe")]
     unchecked: bool,
@@ -174,7 +179,8 @@ fn split_options(list: &str) -> Vec<String> {
 
 async fn make(args: &Args, format: Format, wanted: Wanted, guess: Guess) -> Result<(), String> {
     let file = &args.file;
-    let opener = FileOpener::default();
+    let objects = Rc::new(Objects::new(&args.objects).map_err(|error| error.to_string())?);
+    let opener = images::sources(&Look { objects: Rc::clone(&objects), ..Look::default() });
     let stated = wanted.backing_format.as_deref().map(format_named).transpose().map_err(|e| format!("{file}: {e}"))?;
     let mut size = wanted.size;
     let mut backing = None;
@@ -185,7 +191,7 @@ async fn make(args: &Args, format: Format, wanted: Wanted, guess: Guess) -> Resu
         let recorded = if args.unchecked {
             stated.ok_or_else(|| format!("{file}: -u leaves the backing file unopened, so state its format with -F"))?
         } else {
-            let (found, below) = look_at_backing(&opener, &name, file, stated).await?;
+            let (found, below) = look_at_backing(&opener, &objects, &name, file, stated).await?;
             size = size.or(Some(below));
             if stated.is_none() && guess == Guess::Never {
                 return Err(format!(
@@ -234,7 +240,7 @@ pub(crate) async fn preallocate(file: &str, format: Format, how: Preallocation) 
         return Ok(());
     }
     let look = Look { format: Some(format), writable: true, no_backing: true, ..Look::default() };
-    let chain = images::open(file, look).await?;
+    let chain = images::open(file, &look).await?;
     let done = chain[0].image.preallocate(how).await.map_err(|error| format!("{file}: {error}"));
     images::close(&chain).await.and(done)
 }
@@ -242,15 +248,16 @@ pub(crate) async fn preallocate(file: &str, format: Format, how: Preallocation) 
 /// The backing file's format (stated or found) and the size a guest sees in it. Its own chain is opened too: an overlay over
 /// something that cannot be read would only fail later.
 async fn look_at_backing(
-    opener: &FileOpener,
+    opener: &Sources,
+    objects: &Rc<Objects>,
     name: &str,
     file: &str,
     stated: Option<Format>,
 ) -> Result<(Format, u64), String> {
     let failed = |e: String| format!("{file}: {e}\nCould not open backing image.");
     let resolved = opener.identify(name, Some(file));
-    let look = Look { format: stated, ..Look::default() };
-    let chain = images::open(&resolved, look).await.map_err(failed)?;
+    let look = Look { format: stated, objects: Rc::clone(objects), ..Look::default() };
+    let chain = images::open(&resolved, &look).await.map_err(failed)?;
     let top = chain.first().map(|layer| (layer.image.format(), layer.image.size()));
     images::close(&chain).await.map_err(failed)?;
     top.ok_or_else(|| failed(format!("'{name}' holds no image")))

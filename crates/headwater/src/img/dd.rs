@@ -3,7 +3,7 @@
 use super::create;
 use super::source::Source;
 use crate::exit::{Exit, Outcome};
-use crate::images::{self, Look, format_named, on_ring};
+use crate::images::{self, Look, Naming, format_named, on_ring};
 use crate::size;
 use disk::{Disk, DiskOptions};
 use image::create::CreateOptions;
@@ -15,6 +15,8 @@ const PART: u64 = 2 << 20;
 
 #[derive(clap::Args)]
 pub(crate) struct Args {
+    #[command(flatten)]
+    naming: Naming,
     /// Format of the source, instead of looking
     #[arg(short, value_name = "FMT")]
     format: Option<String>,
@@ -67,10 +69,9 @@ pub(crate) fn run(args: &Args) -> Outcome {
 }
 
 async fn dd(args: &Args, operands: &Operands, input: &String, output: &str) -> Result<(), String> {
-    let format = args.format.as_deref().map(format_named).transpose()?;
     let wanted = format_named(&args.output_format)?;
-    let look = Look { format, force_share: args.force_share, ..Look::default() };
-    let source = Source::open(std::slice::from_ref(input), look).await?;
+    let look = Look { force_share: args.force_share, ..args.naming.look(args.format.as_deref())? };
+    let source = Source::open(std::slice::from_ref(input), &look).await?;
     let block = operands.block.unwrap_or(512);
     let end = operands
         .count
@@ -79,7 +80,7 @@ async fn dd(args: &Args, operands: &Operands, input: &String, output: &str) -> R
     let copied = async {
         let size = (end - start).next_multiple_of(512);
         create::write(output, &CreateOptions::new(wanted, size)).await?;
-        let chain = images::open(output, Look { format: Some(wanted), writable: true, ..Look::default() }).await?;
+        let chain = images::open(output, &Look { format: Some(wanted), writable: true, ..Look::default() }).await?;
         let disk = Disk::new(output, chain, DiskOptions::default());
         let mut at = start;
         let mut outcome = Ok(());

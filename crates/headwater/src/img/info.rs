@@ -1,9 +1,10 @@
 //! `headwater info`: qemu-img's fields and texts.
 
 use crate::exit::{Exit, Outcome};
-use crate::images::{self, Look, Output, format_named, on_ring};
+use crate::images::{self, Look, Naming, Output, on_ring};
 use crate::size::human;
-use disk::chain::{FileOpener, Layer, Opener};
+use disk::chain::{Layer, Opener};
+use graph::Sources;
 use image::Snapshot;
 use image::qcow2::{Compression, Qcow2Info};
 use serde_json::{Map, Value, json};
@@ -11,6 +12,8 @@ use std::os::unix::fs::MetadataExt;
 
 #[derive(clap::Args)]
 pub(crate) struct Args {
+    #[command(flatten)]
+    naming: Naming,
     /// How to print
     #[arg(long, value_enum, default_value_t)]
     output: Output,
@@ -28,14 +31,18 @@ pub(crate) struct Args {
 }
 
 pub(crate) fn run(args: &Args) -> Outcome {
-    let format = args.format.as_deref().map(format_named).transpose()?;
-    let look = Look { format, force_share: args.force_share, no_backing: !args.backing_chain, ..Look::default() };
+    let look = Look {
+        force_share: args.force_share,
+        no_backing: !args.backing_chain,
+        ..args.naming.look(args.format.as_deref())?
+    };
+    let asked = graph::display_name(&args.naming.name(&args.file)?);
     let described = on_ring(async {
-        let chain = images::open(&args.file, look).await?;
+        let chain = images::open(&args.file, &look).await?;
         let mut described = Vec::new();
         for (depth, layer) in chain.iter().enumerate() {
             let snapshots = layer.image.snapshots().await.map_err(|error| error.to_string())?;
-            described.push(Described::of(layer, depth, &args.file, snapshots));
+            described.push(Described::of(layer, depth, &asked, snapshots));
         }
         images::close(&chain).await?;
         Ok(described)
@@ -57,6 +64,8 @@ pub(crate) fn run(args: &Args) -> Outcome {
 /// One image as `info` shows it.
 struct Described {
     filename: String,
+    /// Its file's own name, and what kind of place that is.
+    place: (String, &'static str),
     format: &'static str,
     virtual_size: u64,
     disk_size: Option<u64>,
@@ -75,8 +84,12 @@ impl Described {
         let store = image.store();
         let filename = if depth == 0 { asked.to_owned() } else { store.name().to_owned() };
         let info = image.info();
-        let opener = FileOpener::default();
+        let opener = Sources::default();
+        // What is no more than a file is called as it was asked for.
+        let own =
+            if filename.starts_with("json:") || filename.starts_with("blkdebug:") { store.name() } else { &filename };
         Self {
+            place: (own.to_owned(), store.protocol()),
             format: image.format().name(),
             virtual_size: image.size(),
             disk_size: std::fs::metadata(store.name()).ok().map(|meta| meta.blocks() * 512),
@@ -132,8 +145,9 @@ impl Described {
             specific(own).into_iter().for_each(&mut line);
         }
         line("Child node '/file':".into());
-        line(format!("    filename: {}", self.filename));
-        line("    protocol type: file".into());
+        let (name, protocol) = &self.place;
+        line(format!("    filename: {name}"));
+        line(format!("    protocol type: {protocol}"));
         line(format!("    file length: {} ({} bytes)", human(self.file_length), self.file_length));
         line(format!("    disk size: {disk_size}"));
         text
@@ -143,12 +157,15 @@ impl Described {
         let mut file = Map::new();
         file.insert("children".into(), json!([]));
         file.insert("virtual-size".into(), json!(self.file_length));
-        file.insert("filename".into(), json!(self.filename));
-        file.insert("format".into(), json!("file"));
+        let (name, protocol) = &self.place;
+        file.insert("filename".into(), json!(name));
+        file.insert("format".into(), json!(protocol));
         if let Some(bytes) = self.disk_size {
             file.insert("actual-size".into(), json!(bytes));
         }
-        file.insert("format-specific".into(), json!({ "type": "file", "data": {} }));
+        if matches!(*protocol, "file" | "host_device") {
+            file.insert("format-specific".into(), json!({ "type": protocol, "data": {} }));
+        }
         file.insert("dirty-flag".into(), json!(false));
         let mut top = Map::new();
         top.insert("children".into(), json!([{ "name": "file", "info": file }]));
@@ -230,7 +247,7 @@ fn compression(own: Qcow2Info) -> &'static str {
 }
 
 /// The backing file's name as seen from here rather than from the image that names it.
-fn full_name(opener: &FileOpener, name: &str, referrer: &str) -> String {
+fn full_name(opener: &Sources, name: &str, referrer: &str) -> String {
     let plain = std::path::Path::new(referrer).parent().is_none_or(|folder| folder.as_os_str().is_empty());
     if plain || name.starts_with('/') {
         return name.to_owned();

@@ -1,13 +1,15 @@
 //! `headwater map`: which bytes are where, in qemu-img's columns and JSON fields.
 
 use crate::exit::{Exit, Outcome};
-use crate::images::{self, Look, Output, format_named, on_ring};
+use crate::images::{self, Look, Naming, Output, on_ring};
 use disk::{Disk, DiskOptions, Status};
 use layout::{GuestOffset, GuestRange};
 use std::io::{BufWriter, Write};
 
 #[derive(clap::Args)]
 pub(crate) struct Args {
+    #[command(flatten)]
+    naming: Naming,
     /// How to print
     #[arg(long, value_enum, default_value_t)]
     output: Output,
@@ -59,10 +61,9 @@ impl Run {
 }
 
 pub(crate) fn run(args: &Args) -> Outcome {
-    let format = args.format.as_deref().map(format_named).transpose()?;
-    let look = Look { format, force_share: args.force_share, ..Look::default() };
+    let look = Look { force_share: args.force_share, ..args.naming.look(args.format.as_deref())? };
     on_ring(async {
-        let chain = images::open(&args.file, look).await?;
+        let chain = images::open(&args.file, &look).await?;
         let names: Vec<String> = chain.iter().map(|layer| layer.image.store().name().to_owned()).collect();
         let disk = Disk::new("map", chain, DiskOptions::default());
         let printed = print(args, &disk, &names).await;

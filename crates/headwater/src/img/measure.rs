@@ -3,7 +3,7 @@
 use super::create::Wanted;
 use super::source::Source;
 use crate::exit::{Exit, Outcome};
-use crate::images::{Look, Output, format_named, on_ring};
+use crate::images::{Look, Naming, Output, format_named, on_ring};
 use crate::size;
 use image::Format;
 use image::create::CreateOptions;
@@ -11,6 +11,8 @@ use serde_json::json;
 
 #[derive(clap::Args)]
 pub(crate) struct Args {
+    #[command(flatten)]
+    naming: Naming,
     /// How to print
     #[arg(long, value_enum, default_value_t)]
     output: Output,
@@ -77,9 +79,8 @@ pub(crate) fn run(args: &Args) -> Outcome {
 
 /// The size of the disk, the bytes of the clusters that hold anything, and whether there could be bitmaps (which are not copied).
 async fn clusters(args: &Args, file: &String, cluster: u64, output: Format) -> Result<(u64, u64, bool), String> {
-    let format = args.format.as_deref().map(format_named).transpose()?;
-    let look = Look { format, force_share: args.force_share, ..Look::default() };
-    let source = Source::open(std::slice::from_ref(file), look).await?;
+    let look = Look { force_share: args.force_share, ..args.naming.look(args.format.as_deref())? };
+    let source = Source::open(std::slice::from_ref(file), &look).await?;
     let len = source.size();
     let (mut at, mut data, mut counted) = (0, 0, 0);
     while output == Format::Qcow2 && at < len {

@@ -4,10 +4,10 @@
 
 use super::source::Source;
 use crate::exit::{Exit, Outcome};
-use crate::images::{self, Look, format_named, on_ring};
+use crate::images::{self, Look, Naming, format_named, on_ring};
 use crate::progress::Steps;
 use crate::tool;
-use disk::chain::{FileOpener, Opener};
+use disk::chain::Opener;
 use disk::{Disk, DiskOptions};
 use image::{BackingRef, Format};
 use layout::GuestOffset;
@@ -19,6 +19,8 @@ const PART: u64 = 2 << 20;
 
 #[derive(clap::Args)]
 pub(crate) struct Args {
+    #[command(flatten)]
+    naming: Naming,
     /// Format of the image, instead of looking
     #[arg(short, value_name = "FMT")]
     format: Option<String>,
@@ -56,10 +58,9 @@ pub(crate) fn run(args: &Args) -> Outcome {
 }
 
 async fn rebase(args: &Args) -> Result<(), String> {
-    let format = args.format.as_deref().map(format_named).transpose()?;
     let stated = args.backing_format.as_deref().map(format_named).transpose()?;
-    let look = Look { format, writable: true, no_backing: args.unsafe_mode, ..Look::default() };
-    let chain = images::open(&args.file, look).await?;
+    let look = Look { writable: true, no_backing: args.unsafe_mode, ..args.naming.look(args.format.as_deref())? };
+    let chain = images::open(&args.file, &look).await?;
     let image = Rc::clone(&chain[0].image);
     let disk = Disk::new(&args.file, chain, DiskOptions::default());
     let changed = async {
@@ -89,9 +90,11 @@ async fn rebase(args: &Args) -> Result<(), String> {
 }
 
 async fn open_new(args: &Args, name: &str, format: Option<Format>) -> Result<Source, String> {
-    let path = FileOpener::default().identify(name, Some(&args.file));
-    let look = Look { format, force_share: args.force_share, ..Look::default() };
-    let opened = Source::open(&[path], look).await;
+    let objects = args.naming.objects()?;
+    let opener = images::sources(&Look { objects: objects.clone(), ..Look::default() });
+    let path = opener.identify(name, Some(&args.naming.name(&args.file)?));
+    let look = Look { format, objects, force_share: args.force_share, ..Look::default() };
+    let opened = Source::open(&[path], &look).await;
     opened.map_err(|error| format!("Could not open new backing file '{name}': {error}"))
 }
 

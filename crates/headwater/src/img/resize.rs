@@ -1,13 +1,15 @@
 //! `img resize`: a disk's size, up and (where it is said twice) down.
 
 use crate::exit::{Exit, Outcome};
-use crate::images::{self, Look, format_named, on_ring};
+use crate::images::{self, Look, Naming, on_ring};
 use crate::size;
 use disk::{Disk, DiskOptions};
 use std::rc::Rc;
 
 #[derive(clap::Args)]
 pub(crate) struct Args {
+    #[command(flatten)]
+    naming: Naming,
     /// Format of the image, instead of looking
     #[arg(short, value_name = "FMT")]
     format: Option<String>,
@@ -39,8 +41,7 @@ pub(crate) fn run(args: &Args) -> Outcome {
 }
 
 async fn resize(args: &Args) -> Result<(), String> {
-    let format = args.format.as_deref().map(format_named).transpose()?;
-    let chain = images::open(&args.file, Look { format, writable: true, ..Look::default() }).await?;
+    let chain = images::open(&args.file, &Look { writable: true, ..args.naming.look(args.format.as_deref())? }).await?;
     let image = Rc::clone(&chain[0].image);
     let disk = Disk::new(&args.file, chain, DiskOptions::default());
     let old = disk.size();

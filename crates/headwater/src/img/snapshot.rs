@@ -1,13 +1,15 @@
 //! `img snapshot`: internal snapshots.
 
 use crate::exit::{Exit, Outcome};
-use crate::images::{self, Look, format_named, on_ring};
+use crate::images::{self, Look, Naming, on_ring};
 use crate::size::human;
 use image::{Snapshot, SnapshotAction};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 #[derive(clap::Args)]
 pub(crate) struct Args {
+    #[command(flatten)]
+    naming: Naming,
     /// Make this snapshot the present state
     #[arg(short, value_name = "SNAPSHOT", conflicts_with_all = ["create", "delete", "list"])]
     apply: Option<String>,
@@ -41,11 +43,10 @@ pub(crate) fn run(args: &Args) -> Outcome {
         (_, _, Some(name)) => Some(SnapshotAction::Delete(name.clone())),
         (None, None, None) => None,
     };
-    let format = args.format.as_deref().map(format_named).transpose()?;
     let (writable, force_share) = (action.is_some(), args.force_share && action.is_none());
-    let look = Look { format, writable, force_share, no_backing: true, ..Look::default() };
+    let look = Look { writable, force_share, no_backing: true, ..args.naming.look(args.format.as_deref())? };
     let list = on_ring(async {
-        let chain = images::open(&args.file, look).await?;
+        let chain = images::open(&args.file, &look).await?;
         let image = &chain[0].image;
         let done = match action {
             Some(action) => image.snapshot(action).await.map(|()| Vec::new()),

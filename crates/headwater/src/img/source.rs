@@ -15,7 +15,7 @@ pub(crate) struct Source {
 
 impl Source {
     /// Opens `files`, read-only.
-    pub(crate) async fn open(files: &[String], look: Look) -> Result<Self, String> {
+    pub(crate) async fn open(files: &[String], look: &Look) -> Result<Self, String> {
         let mut source = Self { disks: Vec::new(), size: 0 };
         for file in files {
             match images::open(file, look).await {

@@ -6,7 +6,7 @@ mod request;
 mod session;
 
 use crate::exit::{Exit, Outcome};
-use crate::images::{Look, format_named, on_ring};
+use crate::images::{Look, Naming, on_ring};
 use crate::tool;
 use disk::DiskOptions;
 use session::Session;
@@ -14,6 +14,8 @@ use std::io::{BufRead, IsTerminal, Write};
 
 #[derive(clap::Args)]
 pub(crate) struct Args {
+    #[command(flatten)]
+    naming: Naming,
     /// A command; several are carried out in order. Without one they are read from standard input
     #[arg(short, value_name = "COMMAND")]
     command: Vec<String>,
@@ -48,18 +50,16 @@ pub(crate) fn run(args: &Args) -> Outcome {
         Some("ignore" | "off") => false,
         Some(mode) => return Err(format!("Invalid discard option: {mode}")),
     };
-    let format = args.format.as_deref().map(format_named).transpose()?;
     let cache = args.cache.as_deref().unwrap_or("writeback");
     if !["none", "writeback", "writethrough", "directsync", "unsafe", "off"].contains(&cache) {
         return Err(format!("invalid cache mode '{cache}'"));
     }
     let look = Look {
-        format,
         writable: !args.read_only,
         direct: args.nocache || ["none", "off", "directsync"].contains(&cache),
         no_flush: cache == "unsafe",
         force_share: args.force_share,
-        ..Look::default()
+        ..args.naming.look(args.format.as_deref())?
     };
     let write_through = ["writethrough", "directsync"].contains(&cache);
     let options = DiskOptions { copy_on_read: args.copy_on_read, write_through, discard };

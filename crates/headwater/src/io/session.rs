@@ -9,6 +9,7 @@ use layout::{GuestOffset, GuestRange};
 use ring::{Iov, JoinHandle};
 use std::rc::Rc;
 use std::time::{Duration, Instant};
+use store::debug::{DebugStore, Event};
 
 /// What is written where nothing else is said, and what memory holds that nobody has read into yet.
 const DEFAULT_PATTERN: u8 = 0xcd;
@@ -20,6 +21,8 @@ pub(super) struct Session {
     options: DiskOptions,
     disk: Option<Rc<Disk>>,
     file: String,
+    /// Where requests can be stopped.
+    debugs: Vec<Rc<DebugStore>>,
     /// Requests that nobody has waited for yet.
     under_way: Vec<JoinHandle<bool>>,
     over: bool,
@@ -28,7 +31,7 @@ pub(super) struct Session {
 impl Session {
     pub(super) fn new(look: Look, options: DiskOptions) -> Self {
         let (file, under_way) = (String::new(), Vec::new());
-        Self { look, options, disk: None, file, under_way, over: false }
+        Self { look, options, disk: None, file, debugs: Vec::new(), under_way, over: false }
     }
 
     /// Whether there shall be no more commands.
@@ -38,8 +41,10 @@ impl Session {
 
     /// Opens `file`.
     pub(super) async fn open(&mut self, file: &str) -> Result<(), String> {
-        let chain =
-            images::open(file, self.look).await.map_err(|error| format!("can't open device {file}: {error}"))?;
+        let sources = images::sources(&self.look);
+        let chain = images::open_from(&sources, file, &self.look).await;
+        let chain = chain.map_err(|error| format!("can't open device {file}: {error}"))?;
+        self.debugs = sources.debugs();
         self.disk = Some(Disk::new(file, chain, self.options));
         file.clone_into(&mut self.file);
         Ok(())
@@ -133,12 +138,41 @@ impl Session {
                 ring::sleep(Duration::from_millis(ms)).await;
             }
             "abort" => std::process::abort(),
-            "break" | "remove_break" | "resume" | "wait_break" => {
-                return Err(format!("Could not set a breakpoint: Operation not supported ({name} needs blkdebug)"));
+            "break" => self.break_at(words)?,
+            "remove_break" => {
+                let tag = words.first().ok_or("bad argument count 0 to remove_break, expected 1 argument")?;
+                let found = self.debugs.iter().fold(false, |found, debug| found | debug.remove_break(tag));
+                if !found {
+                    return Err("Could not remove breakpoint: No such file or directory".to_owned());
+                }
+            }
+            "resume" => {
+                let tag = words.first().ok_or("bad argument count 0 to resume, expected 1 argument")?;
+                if !self.debugs.iter().any(|debug| debug.resume(tag)) {
+                    return Err("Could not resume request: No such file or directory".to_owned());
+                }
+                // What goes on may say something before the next command does.
+                ring::yield_now().await;
+            }
+            "wait_break" => {
+                let tag = words.first().ok_or("bad argument count 0 to wait_break, expected 1 argument")?;
+                let Some(debug) = self.debugs.first() else { return Ok(true) };
+                debug.wait_stopped(tag).await;
             }
             _ => return Err(format!("command \"{name}\" not found")),
         }
         Ok(true)
+    }
+
+    /// Stops the next request at which an event happens.
+    fn break_at(&self, words: &[&str]) -> Result<(), String> {
+        let [event, tag] = words else {
+            return Err(format!("bad argument count {} to break, expected 2 arguments", words.len()));
+        };
+        let event = Event::from_name(event).ok_or("Could not set a breakpoint: No such file or directory")?;
+        let debug = self.debugs.first().ok_or("Could not set a breakpoint: Operation not supported")?;
+        debug.break_at(event, tag);
+        Ok(())
     }
 
     async fn flush(&self) -> Result<(), String> {
@@ -377,4 +411,5 @@ write [-cfquz] [-P PATTERN | -s FILE] OFFSET LENGTH
 readv, writev, aio_read, aio_write: the same, with one or more lengths
 aio_flush, flush, discard OFFSET LENGTH, truncate SIZE
 length, info, map, alloc OFFSET [LENGTH]
+break EVENT TAG, wait_break TAG, resume TAG, remove_break TAG (of a disk over blkdebug)
 open FILE, close, reopen [-r|-w] [-c CACHE], sleep MS, abort, quit";

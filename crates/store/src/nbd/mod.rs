@@ -26,6 +26,7 @@ use nbd::proto::{AllocationState, Command, CommandFlags, MAX_PAYLOAD, NbdError, 
 use ring::Iov;
 use ring::sync::Mutex;
 use std::cell::{Cell, RefCell};
+use std::io;
 use std::rc::{Rc, Weak};
 
 /// The longest payload of one request: several share the connection.
@@ -71,14 +72,25 @@ pub struct NbdStore {
     abandoned: Rc<Abandoned>,
 }
 
+/// Why there is no connection, in the words that scripts look for.
+fn unreached(name: &str, target: &Target, error: &io::Error) -> Error {
+    let said = error.to_string();
+    let said = said.split(" (os error").next().unwrap_or(&said);
+    let kind = error.raw_os_error().map_or(ErrorKind::Io, kind_of_errno);
+    let why = match error.kind() {
+        io::ErrorKind::InvalidData => said.to_owned(),
+        _ => format!("Failed to connect to '{}': {said}", target.address),
+    };
+    Error::new(kind, Operation::Open, name, None, why)
+}
+
 impl NbdStore {
     /// Connects. `name` is what messages call it.
     ///
     /// A server whose export is read-only refuses to be opened for writing: [`ErrorKind::ReadOnly`].
     pub async fn open(name: &str, target: Target) -> Result<Rc<Self>> {
-        let link = Link::open(&target.address, &target.export)
-            .await
-            .map_err(|error| Error::from_io(Operation::Open, name, None, error))?;
+        let link =
+            Link::open(&target.address, &target.export).await.map_err(|error| unreached(name, &target, &error))?;
         let flags = link.session.transmission_flags();
         let refuse = |kind, why: String| Error::new(kind, Operation::Open, name, None, why);
         if flags.contains(TransmissionFlags::READ_ONLY) && !target.read_only {
@@ -348,6 +360,10 @@ impl NbdStore {
 impl Store for NbdStore {
     fn name(&self) -> &str {
         &self.name
+    }
+
+    fn protocol(&self) -> &'static str {
+        "nbd"
     }
 
     fn size(&self) -> u64 {
