@@ -104,7 +104,7 @@ impl ShardState {
             let device = self.device(name).ok_or_else(|| Failure::no_device(name))?;
             exports.push(NbdExport {
                 name: name.clone(),
-                description: None,
+                description: device.spec.description.clone(),
                 disk: device.disk.clone(),
                 read_only: device.spec.read_only,
             });

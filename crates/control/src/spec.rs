@@ -53,6 +53,8 @@ impl CacheMode {
 /// A disk to serve.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct DiskSpec {
+    /// For clients' users, where an export can say it.
+    pub description: Option<String>,
     /// Device name.
     pub name: String,
     /// The top image's file, as the user wrote it.

@@ -86,6 +86,7 @@ fn plan(args: &Args) -> Result<Plan, String> {
     let disks: Vec<DiskSpec> = named
         .into_iter()
         .map(|(name, file)| DiskSpec {
+            description: None,
             name,
             file,
             format,

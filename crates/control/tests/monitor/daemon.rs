@@ -32,6 +32,7 @@ impl Daemon {
         let engine = Engine::start(&EngineConfig { shards: 2, ..EngineConfig::default() }).unwrap();
         for (name, file, format) in [("top", "top.qed", Format::Qed), ("plain", "plain.img", Format::Raw)] {
             let spec = DiskSpec {
+                description: None,
                 name: name.into(),
                 file: dir.path().join(file).to_str().unwrap().into(),
                 format: Some(format),

@@ -93,6 +93,7 @@ fn make_overlay(master: &Path, top: &Path, size: u64) -> Result<(), String> {
 /// What the demo serves: the overlay with copy-on-read, its master slowed down.
 fn spec(top: &Path, delay: u64) -> DiskSpec {
     DiskSpec {
+        description: None,
         name: "my".into(),
         file: top.to_string_lossy().into_owned(),
         format: Some(Format::Qed),

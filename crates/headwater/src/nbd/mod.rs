@@ -1,6 +1,8 @@
 //! `headwater nbd`, which is also what the program is when it is called `qemu-nbd`: one disk at one address, until its clients have
 //! left.
 
+mod list;
+
 use crate::exit::{Exit, Outcome};
 use crate::images::{self, Look, Naming};
 use crate::tool;
@@ -71,15 +73,30 @@ pub(crate) struct Args {
     /// Write the process's number into this file
     #[arg(long, value_name = "PATH")]
     pid_file: Option<PathBuf>,
+    /// Say what a server offers, instead of serving
+    #[arg(short = 'L', long)]
+    list: bool,
+    /// What clients are told of the export
+    #[arg(short = 'D', long, value_name = "TEXT")]
+    description: Option<String>,
     /// The image
-    file: String,
+    file: Option<String>,
 }
 
 pub(crate) fn run(args: &Args) -> Outcome {
     let _ = (args.shared, &args.aio, &args.discard, args.verbose);
+    if args.list {
+        if args.file.is_some() {
+            return Err("List mode is incompatible with a file name".into());
+        }
+        return list::run(args);
+    }
+    let Some(file) = &args.file else {
+        return Err(format!("No image file was named; see '{} --help'", tool::name()));
+    };
     let look = args.naming.look(args.format.as_deref())?;
     let format = look.format;
-    let named = args.naming.name(&args.file)?;
+    let named = args.naming.name(file)?;
     let cache = if args.nocache { Some(CacheMode::None) } else { CacheMode::from_name(&args.cache) };
     let cache = cache.ok_or_else(|| format!("Invalid cache mode '{}'", args.cache))?;
     if args.fork {
@@ -92,6 +109,7 @@ pub(crate) fn run(args: &Args) -> Outcome {
         file,
         format: if args.snapshot { Some(Format::Qcow2) } else { format },
         cache,
+        description: args.description.clone(),
         read_only: args.read_only,
         copy_on_read: false,
         source: Ailments::default(),
