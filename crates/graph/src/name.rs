@@ -1,6 +1,6 @@
 //! File names with a protocol: what they mean, and how a tree is shown as a name.
 
-use crate::node::{Node, as_name, understand};
+use crate::node::{EVERYWHERE, Node, TUNING, as_name, understand};
 use crate::options::{Keys, keyval, nest};
 use crate::{json, wrong};
 use image::Error;
@@ -171,7 +171,10 @@ fn plain(tree: &Map<String, Value>) -> Option<String> {
         Some(_) => return None,
         None => None,
     };
-    keys.ignore(&["read-only", "node-name", "auto-read-only"]);
+    // What says nothing of which bytes they are.
+    keys.ignore(&["read-only", "cache"]);
+    keys.ignore(&EVERYWHERE);
+    keys.ignore(&TUNING);
     let path = match file {
         None => keys.text("filename").ok()?,
         Some(mut file) => {

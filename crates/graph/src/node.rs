@@ -19,10 +19,10 @@ use store::{Operation, nbd::Target};
 const NULL_SIZE: u64 = 1 << 30;
 
 /// Options of every node that say nothing to who has one user: QEMU's monitor and guests do.
-const EVERYWHERE: [&str; 5] = ["node-name", "auto-read-only", "detect-zeroes", "discard", "force-share"];
+pub(crate) const EVERYWHERE: [&str; 5] = ["node-name", "auto-read-only", "detect-zeroes", "discard", "force-share"];
 
 /// Options that tune how QEMU keeps tables in memory or talks to the kernel; ours have no such knobs.
-const TUNING: [&str; 13] = [
+pub(crate) const TUNING: [&str; 13] = [
     "lazy-refcounts",
     "pass-discard-request",
     "pass-discard-snapshot",

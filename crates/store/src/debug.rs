@@ -143,6 +143,9 @@ struct Injection {
     awake: bool,
 }
 
+/// What hears that a request has stopped (true) or goes on (false), under which tag.
+pub type Listener = dyn Fn(&str, bool);
+
 struct BreakPoint {
     event: Event,
     tag: String,
@@ -160,6 +163,8 @@ pub struct DebugStore {
     stopped: RefCell<Vec<String>>,
     /// A request stopped, or one goes on.
     changed: Signal,
+    /// Hears of both.
+    listener: RefCell<Option<Rc<Listener>>>,
 }
 
 impl DebugStore {
@@ -175,7 +180,20 @@ impl DebugStore {
             breaks: RefCell::default(),
             stopped: RefCell::default(),
             changed: Signal::new(),
+            listener: RefCell::default(),
         })
+    }
+
+    /// Tells `listener` of requests that stop and go on.
+    pub fn listen(&self, listener: Rc<Listener>) {
+        *self.listener.borrow_mut() = Some(listener);
+    }
+
+    fn tell(&self, tag: &str, stopped: bool) {
+        let listener = self.listener.borrow().clone();
+        if let Some(listener) = listener {
+            listener(tag, stopped);
+        }
     }
 
     /// The next request at which `event` happens stops, under the name `tag`.
@@ -189,6 +207,7 @@ impl DebugStore {
         let Some(at) = stopped.iter().position(|other| other == tag) else { return false };
         stopped.remove(at);
         drop(stopped);
+        self.tell(tag, false);
         self.changed.notify_all();
         true
     }
@@ -236,6 +255,7 @@ impl DebugStore {
         };
         let Some(tag) = tag else { return };
         self.stopped.borrow_mut().push(tag.clone());
+        self.tell(&tag, true);
         self.changed.notify_all();
         loop {
             let changed = self.changed.wait();

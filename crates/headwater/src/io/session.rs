@@ -45,6 +45,12 @@ impl Session {
         let chain = images::open_from(&sources, file, &self.look).await;
         let chain = chain.map_err(|error| format!("can't open device {file}: {error}"))?;
         self.debugs = sources.debugs();
+        for debug in &self.debugs {
+            debug.listen(Rc::new(|tag, stopped| {
+                let what = if stopped { "Suspended" } else { "Resuming" };
+                println!("blkdebug: {what} request '{tag}'");
+            }));
+        }
         self.disk = Some(Disk::new(file, chain, self.options));
         file.clone_into(&mut self.file);
         Ok(())
@@ -143,7 +149,7 @@ impl Session {
                 let tag = words.first().ok_or("bad argument count 0 to remove_break, expected 1 argument")?;
                 let found = self.debugs.iter().fold(false, |found, debug| found | debug.remove_break(tag));
                 if !found {
-                    return Err("Could not remove breakpoint: No such file or directory".to_owned());
+                    return Err(format!("Could not remove breakpoint {tag}: No such file or directory"));
                 }
             }
             "resume" => {
@@ -169,8 +175,8 @@ impl Session {
         let [event, tag] = words else {
             return Err(format!("bad argument count {} to break, expected 2 arguments", words.len()));
         };
-        let event = Event::from_name(event).ok_or("Could not set a breakpoint: No such file or directory")?;
-        let debug = self.debugs.first().ok_or("Could not set a breakpoint: Operation not supported")?;
+        let event = Event::from_name(event).ok_or("Could not set breakpoint: No such file or directory")?;
+        let debug = self.debugs.first().ok_or("Could not set breakpoint: Operation not supported")?;
         debug.break_at(event, tag);
         Ok(())
     }
