@@ -1,5 +1,6 @@
 //! `headwater img`, which is also what the program is when it is called `qemu-img`: the same commands, flags, texts and exit codes.
 
+mod bench;
 pub(crate) mod check;
 mod commit;
 mod compare;
@@ -20,6 +21,8 @@ use clap::Subcommand;
 
 #[derive(Subcommand)]
 pub(crate) enum Command {
+    /// Time equal requests
+    Bench(bench::Args),
     /// Check an image's tables, and repair them if asked
     Check(check::Args),
     /// Write what an image holds into its backing file
@@ -48,6 +51,7 @@ pub(crate) enum Command {
 
 pub(crate) fn run(command: Command) -> Outcome {
     match command {
+        Command::Bench(args) => bench::run(&args),
         Command::Check(args) => check::run(&args),
         Command::Commit(args) => commit::run(&args),
         Command::Compare(args) => Ok(compare::run(&args)),
