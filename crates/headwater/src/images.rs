@@ -91,6 +91,10 @@ pub(crate) struct Look {
     /// Only so many layers of the chain, from the top.
     pub(crate) layers: Option<usize>,
     pub(crate) for_check: bool,
+    /// The internal snapshot to show instead of the present state.
+    pub(crate) snapshot: Option<String>,
+    /// No guest's data are written: bitmaps stay true.
+    pub(crate) no_guest: bool,
     pub(crate) writable: bool,
     /// Past the page cache.
     pub(crate) direct: bool,
@@ -120,6 +124,8 @@ pub(crate) async fn open_from(sources: &Sources, file: &str, look: &Look) -> Res
         no_backing: look.no_backing,
         layers: look.layers,
         for_check: look.for_check,
+        snapshot: look.snapshot.clone(),
+        no_guest: look.no_guest,
         ..ChainOptions::default()
     };
     open_chain(sources, &name, options).await.map_err(|e| format!("Could not open '{file}': {e}"))

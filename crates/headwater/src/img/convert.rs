@@ -1,5 +1,6 @@
 //! `img convert`: images into one of another format, with its holes.
 
+use super::bitmap;
 use super::copy::{How, copy};
 use super::create::{self, Wanted};
 use super::source::Source;
@@ -7,9 +8,10 @@ use crate::exit::{Exit, Outcome};
 use crate::images::{self, Look, Naming, format_named, on_ring};
 use crate::progress::Steps;
 use crate::size;
+use crate::tool;
 use disk::{Disk, DiskOptions};
 use image::create::{CreateOptions, Preallocation};
-use image::{BackingRef, Format};
+use image::{BackingRef, Bitmap, Format};
 use std::rc::Rc;
 
 #[derive(clap::Args)]
@@ -68,6 +70,15 @@ pub(crate) struct Args {
     /// How the source is read: none, writeback, …
     #[arg(short = 'T', value_name = "CACHE", default_value = "writeback")]
     source_cache: String,
+    /// Copy the source's persistent bitmaps, too
+    #[arg(long)]
+    bitmaps: bool,
+    /// Leave out bitmaps that are not to be relied upon, rather than fail
+    #[arg(long)]
+    skip_broken_bitmaps: bool,
+    /// Read the source as it was in this internal snapshot: its id, its name, or snapshot.id=ID,snapshot.name=NAME
+    #[arg(short = 'l', long = "source-snapshot", value_name = "SNAPSHOT")]
+    snapshot: Option<String>,
     /// The source may be written to by somebody
     #[arg(short = 'U', long)]
     force_share: bool,
@@ -96,14 +107,57 @@ async fn convert(args: &Args) -> Result<(), String> {
     if args.target_image_opts && !args.no_create {
         return Err("--target-image-opts requires use of -n flag".into());
     }
-    let look = Look { force_share: args.force_share, ..args.naming.look(args.format.as_deref())? };
+    if args.skip_broken_bitmaps && !args.bitmaps {
+        return Err("Use of --skip-broken-bitmaps requires --bitmaps".into());
+    }
+    if args.bitmaps && files.len() > 1 {
+        return Err("Copying bitmaps only possible with single source".into());
+    }
+    if args.snapshot.is_some() && files.len() > 1 {
+        return Err("No support for concatenating multiple snapshot".into());
+    }
+    let snapshot = args.snapshot.clone();
+    let look = Look { force_share: args.force_share, snapshot, ..args.naming.look(args.format.as_deref())? };
     let source = Rc::new(Source::open(files, &look).await?);
-    let done = into(args, &source, output, target).await;
+    let done = match bitmaps(args, &source, output).await {
+        Ok(bitmaps) => into(args, &source, output, target, &bitmaps).await,
+        Err(error) => Err(error),
+    };
     let closed = source.close().await;
     done.and(closed)
 }
 
-async fn into(args: &Args, source: &Rc<Source>, output: Format, target: &str) -> Result<(), String> {
+/// The bitmaps to copy.
+async fn bitmaps(args: &Args, source: &Source, output: Format) -> Result<Vec<Bitmap>, String> {
+    let Some(image) = source.top().filter(|_| args.bitmaps) else { return Ok(Vec::new()) };
+    let old = Wanted::gather(&args.options, output)?.qcow2.version < 3;
+    if output != Format::Qcow2 || old && !args.no_create {
+        return Err(format!("Format driver '{output}' does not support bitmaps"));
+    }
+    if image.format() != Format::Qcow2 {
+        return Err("Source lacks bitmap support".into());
+    }
+    let mut all = image.bitmaps().await.map_err(|error| error.to_string())?;
+    for bitmap in all.iter().filter(|bitmap| bitmap.in_use) {
+        if !args.skip_broken_bitmaps {
+            return Err(format!(
+                "Cannot copy inconsistent bitmap '{}'\nTry --skip-broken-bitmaps, or use 'qemu-img bitmap --remove' to delete it",
+                bitmap.name
+            ));
+        }
+        tool::complain(&format!("warning: Skipping inconsistent bitmap '{}'", bitmap.name));
+    }
+    all.retain(|bitmap| !bitmap.in_use);
+    Ok(all)
+}
+
+async fn into(
+    args: &Args,
+    source: &Rc<Source>,
+    output: Format,
+    target: &str,
+    bitmaps: &[Bitmap],
+) -> Result<(), String> {
     let mut len = source.size();
     if !args.no_create {
         let mut wanted = Wanted::gather(&args.options, output)?;
@@ -155,7 +209,10 @@ async fn into(args: &Args, source: &Rc<Source>, output: Format, target: &str) ->
         packed: args.compress,
     };
     let steps = Steps::new(len, args.progress && !args.quiet);
-    let copied = copy(source, &disk, len, how, &steps).await;
+    let mut copied = copy(source, &disk, len, how, &steps).await;
+    if let (Ok(()), Some(from)) = (&copied, source.top()) {
+        copied = bitmap::copy_all(&from, &disk.chain()[0].image, bitmaps).await;
+    }
     let flushed = disk.flush().await.map_err(|error| error.to_string());
     let closed = disk.close().await.map_err(|error| error.to_string());
     copied.and(flushed).and(closed)?;

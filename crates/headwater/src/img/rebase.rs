@@ -59,7 +59,12 @@ pub(crate) fn run(args: &Args) -> Outcome {
 
 async fn rebase(args: &Args) -> Result<(), String> {
     let stated = args.backing_format.as_deref().map(format_named).transpose()?;
-    let look = Look { writable: true, no_backing: args.unsafe_mode, ..args.naming.look(args.format.as_deref())? };
+    let look = Look {
+        writable: true,
+        no_guest: true,
+        no_backing: args.unsafe_mode,
+        ..args.naming.look(args.format.as_deref())?
+    };
     let chain = images::open(&args.file, &look).await?;
     let image = Rc::clone(&chain[0].image);
     let disk = Disk::new(&args.file, chain, DiskOptions::default());

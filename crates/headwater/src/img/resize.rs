@@ -41,11 +41,20 @@ pub(crate) fn run(args: &Args) -> Outcome {
 }
 
 async fn resize(args: &Args) -> Result<(), String> {
-    let chain = images::open(&args.file, &Look { writable: true, ..args.naming.look(args.format.as_deref())? }).await?;
+    let chain =
+        images::open(&args.file, &Look { writable: true, no_guest: true, ..args.naming.look(args.format.as_deref())? })
+            .await?;
     let image = Rc::clone(&chain[0].image);
     let disk = Disk::new(&args.file, chain, DiskOptions::default());
     let old = disk.size();
     let resized = async {
+        let bitmaps = image.bitmaps().await.map_err(|error| error.to_string())?;
+        if let Some(bitmap) = bitmaps.iter().find(|bitmap| bitmap.in_use) {
+            return Err(format!(
+                "Bitmap '{}' is inconsistent and cannot be used\nTry 'bitmap --remove' to delete it",
+                bitmap.name
+            ));
+        }
         let (sign, number) = match args.size.as_bytes().first() {
             Some(b'+') => (1, &args.size[1..]),
             Some(b'-') => (-1, &args.size[1..]),

@@ -44,7 +44,9 @@ pub(crate) fn run(args: &Args) -> Outcome {
         (None, None, None) => None,
     };
     let (writable, force_share) = (action.is_some(), args.force_share && action.is_none());
-    let look = Look { writable, force_share, no_backing: true, ..args.naming.look(args.format.as_deref())? };
+    // What is written stays what it was, unless another state takes its place.
+    let no_guest = !matches!(action, Some(SnapshotAction::Apply(_)));
+    let look = Look { writable, force_share, no_guest, no_backing: true, ..args.naming.look(args.format.as_deref())? };
     let list = on_ring(async {
         let chain = images::open(&args.file, &look).await?;
         let image = &chain[0].image;

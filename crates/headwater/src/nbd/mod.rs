@@ -46,6 +46,9 @@ pub(crate) struct Args {
     /// What is written goes to a temporary file and is lost at the end
     #[arg(short, long)]
     snapshot: bool,
+    /// The disk as it was in this internal snapshot: its id, its name, or snapshot.id=ID,snapshot.name=NAME
+    #[arg(short, long, value_name = "SNAPSHOT")]
+    load_snapshot: Option<String>,
     /// Past the page cache
     #[arg(short, long)]
     nocache: bool,
@@ -94,6 +97,9 @@ pub(crate) fn run(args: &Args) -> Outcome {
     let Some(file) = &args.file else {
         return Err(format!("No image file was named; see '{} --help'", tool::name()));
     };
+    if args.snapshot && args.load_snapshot.is_some() {
+        return Err("-s writes over the present state, so it does not go with -l".into());
+    }
     let look = args.naming.look(args.format.as_deref())?;
     let format = look.format;
     let named = args.naming.name(file)?;
@@ -110,7 +116,8 @@ pub(crate) fn run(args: &Args) -> Outcome {
         format: if args.snapshot { Some(Format::Qcow2) } else { format },
         cache,
         description: args.description.clone(),
-        read_only: args.read_only,
+        read_only: args.read_only || args.load_snapshot.is_some(),
+        snapshot: args.load_snapshot.clone(),
         copy_on_read: false,
         source: Ailments::default(),
     };

@@ -10,7 +10,7 @@ use crate::room::Room;
 use crate::slices::{CACHE_BYTES, Shelf, SliceCache};
 use crate::space::Space;
 use crate::tables::Tables;
-use crate::{BackingRef, Error, ErrorKind, Format, Image, OpenOptions, Result};
+use crate::{BackingRef, Error, ErrorKind, Format, Image, OpenOptions, Result, Surroundings};
 use layout::HostOffset;
 use layout::qcow2::{self, AUTOCLEAR_BITMAPS, ErrorKind as HeaderErrorKind, Extensions, Features, Header};
 use ring::Iov;
@@ -26,12 +26,25 @@ const HEAD: usize = 512;
 const READ_BYTES: usize = 1 << 20;
 
 /// Opens the QCOW2 image in `store`.
-pub(crate) async fn open(store: Rc<dyn Store>, options: OpenOptions) -> Result<Rc<dyn Image>> {
-    open_with_table_memory(store, options, CACHE_BYTES).await
+pub(crate) async fn open(
+    store: Rc<dyn Store>,
+    options: OpenOptions,
+    surroundings: Surroundings<'_>,
+) -> Result<Rc<dyn Image>> {
+    open_with(store, options, surroundings, CACHE_BYTES).await
 }
 
 /// Opens the QCOW2 image in `store` with a stated budget for L2 tables in memory, in bytes. [`crate::open()`] takes 32 MiB.
 pub async fn open_with_table_memory(store: Rc<dyn Store>, options: OpenOptions, bytes: usize) -> Result<Rc<dyn Image>> {
+    open_with(store, options, Surroundings::default(), bytes).await
+}
+
+async fn open_with(
+    store: Rc<dyn Store>,
+    options: OpenOptions,
+    surroundings: Surroundings<'_>,
+    bytes: usize,
+) -> Result<Rc<dyn Image>> {
     let limits = store.limits();
     if limits.read_only && !options.read_only {
         let what = "it cannot be written to; open it read-only";
@@ -78,8 +91,11 @@ pub async fn open_with_table_memory(store: Rc<dyn Store>, options: OpenOptions, 
         header: Cell::new(header),
         store,
     });
+    if let Some(snapshot) = surroundings.snapshot {
+        core.show_snapshot(snapshot).await?;
+    }
     if !options.read_only {
-        core.prepare_to_write().await?;
+        core.prepare_to_write(surroundings.no_guest).await?;
     }
     Ok(Rc::new(Qcow2Image { core }))
 }
@@ -87,7 +103,7 @@ pub async fn open_with_table_memory(store: Rc<dyn Store>, options: OpenOptions, 
 impl Core {
     /// What a writer must do before anything else: repair what was left dirty, clear features it does not keep up, find out
     /// what is free.
-    async fn prepare_to_write(self: &Rc<Self>) -> Result<()> {
+    async fn prepare_to_write(self: &Rc<Self>, no_guest: bool) -> Result<()> {
         let header = self.header.get();
         let table = self.read_refcount_table(&header).await?;
         *self.refcounts.borrow_mut() = Refcounts::new(table);
@@ -98,7 +114,7 @@ impl Core {
             self.recover().await?;
         }
         let header = self.header.get();
-        let keeps_bitmaps = self.suspend_bitmaps().await?;
+        let keeps_bitmaps = no_guest || self.suspend_bitmaps().await?;
         let autoclear_features = header.autoclear_features & if keeps_bitmaps { AUTOCLEAR_BITMAPS } else { 0 };
         if header.autoclear_features != autoclear_features {
             let mut zone = self.zone.lock().await;
