@@ -3,6 +3,7 @@
 //! A backing file whose format nobody stated is looked at once, here; what was found is said and recorded, so that it is never
 //! guessed again.
 
+use super::option_help;
 use crate::exit::{Exit, Outcome};
 use crate::images::{self, Look, format_named, on_ring};
 use crate::size;
@@ -28,18 +29,19 @@ pub(crate) struct Args {
     backing_format: Option<String>,
     /// Options as key=value, separated by commas: size, backing_file, backing_fmt, cluster_size; qed: table_size; qcow2: compat,
     /// refcount_bits, lazy_refcounts, extended_l2, compression_type
-    #[arg(short, value_name = "OPTIONS")]
+    #[arg(short, long = "options", value_name = "OPTIONS")]
     options: Vec<String>,
     /// Something that options refer to: secret,id=…
     #[arg(long = "object", value_name = "OBJECT")]
     objects: Vec<String>,
     /// Do not open the backing file (then its format and the size must be given)
-    #[arg(short = 'u', long = "unsafe")]
+    #[arg(short = 'u', long = "backing-unsafe", alias = "unsafe")]
     unchecked: bool,
     /// Print nothing
     #[arg(short, long)]
     quiet: bool,
     /// The new image
+    #[arg(default_value = "", hide_default_value = true)]
     file: String,
     /// Its size in bytes, or with a suffix k, M, G, T, P or E; by default the backing file's
     size: Option<String>,
@@ -68,6 +70,13 @@ pub(crate) enum Guess {
 
 pub(crate) fn run(args: Args, guess: Guess) -> Outcome {
     let format = format_named(&args.format).map_err(|e| format!("{}: {e}", args.file))?;
+    if option_help::is_asked(&args.options) {
+        print!("{}", option_help::text(format));
+        return Ok(Exit::Ok);
+    }
+    if args.file.is_empty() {
+        return Err("Expecting image file name".into());
+    }
     let wanted = gather(&args, format).map_err(|e| format!("{}: {e}", args.file))?;
     on_ring(make(&args, format, wanted, guess))?;
     Ok(Exit::Ok)
@@ -82,6 +91,9 @@ fn gather(args: &Args, format: Format) -> Result<Wanted, String> {
         backing_format: wanted.backing_format.or_else(|| args.backing_format.clone()),
         ..wanted
     };
+    if wanted.backing.is_none() && wanted.backing_format.is_some() {
+        return Err("Backing format cannot be used without backing file".into());
+    }
     if wanted.backing.is_some() && wanted.preallocation != Preallocation::Off {
         return Err("Backing file and preallocation cannot be used at the same time".into());
     }

@@ -21,7 +21,7 @@ pub(crate) struct Args {
     #[arg(short, long, value_name = "FMT")]
     format: Option<String>,
     /// Also what lies below, each image in turn
-    #[arg(long)]
+    #[arg(short, long)]
     backing_chain: bool,
     /// Even while somebody writes to it
     #[arg(short = 'U', long)]

@@ -17,16 +17,16 @@ pub(crate) struct Args {
     #[arg(long, value_enum, default_value_t)]
     output: Output,
     /// Format of the image, instead of looking
-    #[arg(short, value_name = "FMT")]
+    #[arg(short, long = "format", value_name = "FMT")]
     format: Option<String>,
     /// Format of the new image
-    #[arg(short = 'O', value_name = "FMT", default_value = "raw")]
+    #[arg(short = 'O', long = "target-format", value_name = "FMT", default_value = "raw")]
     output_format: String,
     /// Options of the new image
-    #[arg(short, value_name = "OPTIONS")]
+    #[arg(short, long = "options", value_name = "OPTIONS")]
     options: Vec<String>,
     /// The size of a new disk, instead of an image
-    #[arg(long, value_name = "SIZE", value_parser = size::parse, conflicts_with = "file")]
+    #[arg(short, long, value_name = "SIZE", value_parser = size::parse, conflicts_with = "file")]
     size: Option<u64>,
     /// Look at the image as it was in this internal snapshot
     #[arg(short = 'l', long, value_name = "SNAPSHOT")]

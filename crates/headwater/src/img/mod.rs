@@ -12,6 +12,7 @@ mod dd;
 pub(crate) mod info;
 pub(crate) mod map;
 mod measure;
+mod option_help;
 mod rebase;
 mod resize;
 mod snapshot;

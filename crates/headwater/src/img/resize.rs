@@ -11,13 +11,13 @@ pub(crate) struct Args {
     #[command(flatten)]
     naming: Naming,
     /// Format of the image, instead of looking
-    #[arg(short, value_name = "FMT")]
+    #[arg(short, long = "format", value_name = "FMT")]
     format: Option<String>,
     /// What is new is: off (a hole)
     #[arg(long, value_name = "MODE", default_value = "off")]
     preallocation: String,
     /// Print nothing
-    #[arg(short)]
+    #[arg(short, long = "quiet")]
     quiet: bool,
     /// Allow to lose what lies behind a smaller size
     #[arg(long)]

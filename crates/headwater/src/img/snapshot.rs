@@ -11,22 +11,22 @@ pub(crate) struct Args {
     #[command(flatten)]
     naming: Naming,
     /// Make this snapshot the present state
-    #[arg(short, value_name = "SNAPSHOT", conflicts_with_all = ["create", "delete", "list"])]
+    #[arg(short, long = "apply", value_name = "SNAPSHOT", conflicts_with_all = ["create", "delete", "list"])]
     apply: Option<String>,
     /// Take a snapshot
-    #[arg(short, value_name = "SNAPSHOT", conflicts_with_all = ["delete", "list"])]
+    #[arg(short, long = "create", value_name = "SNAPSHOT", conflicts_with_all = ["delete", "list"])]
     create: Option<String>,
     /// Delete a snapshot
-    #[arg(short, value_name = "SNAPSHOT", conflicts_with = "list")]
+    #[arg(short, long = "delete", value_name = "SNAPSHOT", conflicts_with = "list")]
     delete: Option<String>,
     /// List them
-    #[arg(short)]
+    #[arg(short, long = "list")]
     list: bool,
     /// Format of the image, instead of looking
     #[arg(short, long = "format", value_name = "FMT")]
     format: Option<String>,
     /// Print nothing
-    #[arg(short)]
+    #[arg(short, long = "quiet")]
     quiet: bool,
     /// Somebody may be writing to it (with -l)
     #[arg(short = 'U', long)]
