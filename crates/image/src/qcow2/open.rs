@@ -113,7 +113,12 @@ impl Core {
         if header.features.contains(Features::DIRTY) {
             self.recover().await?;
         }
-        let header = self.header.get();
+        // What could not be read would count as free, and be written over.
+        let (header, length) = (self.header.get(), self.store.size().next_multiple_of(header.cluster_size()));
+        if header.refcount_table.get() + header.refcount_table_bytes() > length {
+            let what = "the refcount table lies past the end of the file; check and repair the image ('check -r all')";
+            return Err(self.health.error(ErrorKind::Corrupt, Some(header.refcount_table), what));
+        }
         let keeps_bitmaps = no_guest || self.suspend_bitmaps().await?;
         let autoclear_features = header.autoclear_features & if keeps_bitmaps { AUTOCLEAR_BITMAPS } else { 0 };
         if header.autoclear_features != autoclear_features {

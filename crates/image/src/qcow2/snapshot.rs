@@ -78,6 +78,11 @@ impl Core {
             SnapshotAction::Apply(_) => self.apply_snapshot(&mut zone, &all[found]).await,
             SnapshotAction::Delete(_) => self.delete_snapshot(&mut zone, all, found).await,
         };
+        if done.as_ref().is_err_and(|error| error.kind() == ErrorKind::Unsupported) {
+            // What cannot be counted was told before anything was changed.
+            self.mark_dirty(&mut zone, false).await?;
+            return done;
+        }
         // For want of space nothing was changed but counts, which the mark sees to.
         done.map_err(|error| if error.is_no_space() { error } else { self.health.fail(error) })?;
         self.health.barrier().await?;
