@@ -89,7 +89,8 @@ pub(crate) async fn copy(
     steps: &Steps,
 ) -> Result<(), String> {
     let cluster = target.chain()[0].image.cluster_size();
-    let unit = cluster.max(how.sparse.next_power_of_two()).max(4096);
+    // What is packed is packed by the cluster.
+    let unit = if how.packed { cluster } else { cluster.max(how.sparse.next_power_of_two()).max(4096) };
     let (source, target) = (Rc::clone(source), Rc::clone(target));
     let copy = Rc::new(Copy { source, target, len, how, unit, spare: RefCell::default() });
     let mut reads: VecDeque<Work<(u64, Iov)>> = VecDeque::new();
@@ -210,7 +211,8 @@ impl Copy {
         if self.how.sparse == 0 {
             let zeros = Iov::zeroed(PART.min(len) as usize);
             for part in (0..len).step_by(PART as usize) {
-                self.put(at + part, zeros.slice(0..PART.min(len - part) as usize)).await?;
+                let zeros = zeros.slice(0..PART.min(len - part) as usize);
+                if self.how.packed { self.pack(at + part, zeros).await? } else { self.put(at + part, zeros).await? }
             }
             return Ok(());
         }

@@ -57,6 +57,8 @@ pub(crate) struct Wanted {
     pub(crate) table_size: Option<u32>,
     pub(crate) qcow2: qcow2::Options,
     pub(crate) preallocation: Preallocation,
+    /// The version, as it was written.
+    compat: Option<String>,
 }
 
 /// What to do where the backing file's format was not stated.
@@ -107,6 +109,9 @@ impl Wanted {
     /// What `-o` says, of an image of this format.
     pub(crate) fn gather(lists: &[String], format: Format) -> Result<Self, String> {
         let mut wanted = Self::default();
+        if let Some(list) = lists.iter().find(|list| !is_list(list)) {
+            return Err(format!("Invalid option list: {list}"));
+        }
         for pair in lists.iter().flat_map(|list| split_options(list)) {
             let (key, value) =
                 pair.split_once('=').ok_or_else(|| format!("Invalid parameter '{pair}': key=value is expected"))?;
@@ -121,6 +126,10 @@ impl Wanted {
                         Some(u32::try_from(clusters).map_err(|_| format!("Invalid table_size '{value}'"))?);
                 }
                 ("preallocation", Format::Qcow2 | Format::Raw) => wanted.preallocation = preallocation(value)?,
+                ("compat", Format::Qcow2) => {
+                    wanted.compat = Some(value.to_owned());
+                    qcow2_option(&mut wanted.qcow2, key, value)?;
+                }
                 (_, Format::Qcow2) => qcow2_option(&mut wanted.qcow2, key, value)?,
                 _ => return Err(format!("Invalid parameter '{key}'")),
             }
@@ -171,8 +180,14 @@ fn qcow2_option(options: &mut qcow2::Options, key: &str, value: &str) -> Result<
     Ok(())
 }
 
+/// Whether nothing is missing between commas at its ends.
+fn is_list(list: &str) -> bool {
+    let commas = list.len() - list.trim_end_matches(',').len();
+    !list.is_empty() && (!list.starts_with(',') || list.starts_with(",,")) && commas.is_multiple_of(2)
+}
+
 /// Splits at commas; a doubled comma stands for one (as QEMU has it in file names).
-fn split_options(list: &str) -> Vec<String> {
+pub(crate) fn split_options(list: &str) -> Vec<String> {
     let mut pairs = vec![String::new()];
     let mut chars = list.chars().peekable();
     while let Some(c) = chars.next() {
@@ -235,10 +250,11 @@ async fn make(args: &Args, format: Format, wanted: Wanted, guess: Guess) -> Resu
         qcow2: wanted.qcow2,
     };
     let preallocation = wanted.preallocation;
-    let warnings = validate(&options).map_err(|e| format!("{file}: {e}"))?;
     if !args.quiet {
-        println!("{}", formatting_line(file, &options, preallocation));
-        for warning in warnings {
+        println!("{}", formatting_line(file, &options, preallocation, wanted.compat.as_deref()));
+    }
+    for warning in validate(&options).map_err(|e| format!("{file}: {e}"))? {
+        if !args.quiet {
             tool::complain(&format!("warning: {warning}"));
         }
     }
@@ -290,7 +306,7 @@ pub(crate) async fn write(file: &str, options: &CreateOptions) -> Result<(), Str
     closed.map_err(|e| format!("{file}: {e}"))
 }
 
-fn formatting_line(file: &str, options: &CreateOptions, preallocation: Preallocation) -> String {
+fn formatting_line(file: &str, options: &CreateOptions, preallocation: Preallocation, compat: Option<&str>) -> String {
     use std::fmt::Write;
     let mut line = format!("Formatting '{file}', fmt={} size={}", options.format, options.size);
     if let Some(backing) = &options.backing {
@@ -300,7 +316,7 @@ fn formatting_line(file: &str, options: &CreateOptions, preallocation: Prealloca
         }
     }
     if options.format == Format::Qcow2 {
-        return qcow2_line(file, options, preallocation);
+        return qcow2_line(file, options, preallocation, compat);
     }
     if options.format == Format::Qed {
         let _ = write!(line, " cluster_size={}", options.cluster_size.unwrap_or(65536));
@@ -323,7 +339,7 @@ fn preallocation_word(how: Preallocation) -> &'static str {
 }
 
 /// The same for QCOW2, whose options come first.
-fn qcow2_line(file: &str, options: &CreateOptions, preallocation: Preallocation) -> String {
+fn qcow2_line(file: &str, options: &CreateOptions, preallocation: Preallocation, compat: Option<&str>) -> String {
     use std::fmt::Write;
     let on = |on: bool| if on { "on" } else { "off" };
     let own = options.qcow2;
@@ -338,14 +354,14 @@ fn qcow2_line(file: &str, options: &CreateOptions, preallocation: Preallocation)
         preallocation_word(preallocation),
         options.size
     );
+    if let Some(compat) = compat {
+        let _ = write!(line, " compat={compat}");
+    }
     if let Some(backing) = &options.backing {
         let _ = write!(line, " backing_file={}", backing.name);
         if let Some(format) = backing.format {
             let _ = write!(line, " backing_fmt={format}");
         }
-    }
-    if own.version == 2 {
-        line.push_str(" compat=0.10");
     }
     let _ = write!(line, " lazy_refcounts={} refcount_bits={}", on(own.lazy_refcounts), own.refcount_bits);
     line
@@ -372,7 +388,7 @@ mod tests {
             ..CreateOptions::new(Format::Qed, 20 << 20)
         };
         assert_eq!(
-            formatting_line("my2.qed", &options, Preallocation::Off),
+            formatting_line("my2.qed", &options, Preallocation::Off, None),
             "Formatting 'my2.qed', fmt=qed size=20971520 backing_file=master.img backing_fmt=raw cluster_size=131072 table_size=8"
         );
     }

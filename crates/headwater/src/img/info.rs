@@ -122,11 +122,11 @@ impl Described {
         line(format!("file format: {}", self.format));
         line(format!("virtual size: {} ({} bytes)", human(self.virtual_size), self.virtual_size));
         line(format!("disk size: {disk_size}"));
-        if self.dirty {
-            line("cleanly shut down: no".into());
-        }
         if let Some(bytes) = self.cluster_size {
             line(format!("cluster_size: {bytes}"));
+        }
+        if self.dirty {
+            line("cleanly shut down: no".into());
         }
         if let Some((name, format, full)) = &self.backing {
             if name == full {
@@ -272,6 +272,8 @@ fn full_name(opener: &Sources, name: &str, referrer: &str) -> String {
     if plain || name.starts_with('/') {
         return name.to_owned();
     }
-    let joined = std::path::Path::new(referrer).with_file_name(name);
-    joined.to_str().map_or_else(|| opener.identify(name, Some(referrer)), str::to_owned)
+    match referrer.rsplit_once('/') {
+        Some((folder, _)) => format!("{folder}/{name}"),
+        None => opener.identify(name, Some(referrer)),
+    }
 }

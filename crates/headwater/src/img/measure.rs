@@ -5,7 +5,7 @@ use super::source::Source;
 use crate::exit::{Exit, Outcome};
 use crate::images::{Look, Naming, Output, format_named, on_ring};
 use crate::size;
-use image::create::CreateOptions;
+use image::create::{CreateOptions, Preallocation};
 use image::{Bitmap, Format};
 use serde_json::json;
 
@@ -57,7 +57,8 @@ pub(crate) fn run(args: &Args) -> Outcome {
         Format::Qcow2 => {
             let full = image::qcow2::measure(&options).map_err(|error| error.to_string())?;
             // Tables are counted as if data lay everywhere: as qemu-img has it.
-            (full - options.size.next_multiple_of(cluster) + data, full)
+            let all = matches!(wanted.preallocation, Preallocation::Falloc | Preallocation::Full);
+            (if all { full } else { full - options.size.next_multiple_of(cluster) + data }, full)
         }
         Format::Raw => (options.size, options.size),
         other => return Err(format!("Block driver '{other}' does not support size measurement")),

@@ -1,5 +1,6 @@
 //! `-o help`: which options an image of a format may have, in qemu-img's columns.
 
+use super::create::split_options;
 use image::Format;
 
 /// What all that have tables and a backing file know.
@@ -25,7 +26,7 @@ const QCOW2: [(&str, &str, &str); 6] = [
 
 /// Whether a list of options asks for this.
 pub(crate) fn is_asked(lists: &[String]) -> bool {
-    lists.iter().flat_map(|list| list.split(',')).any(|word| matches!(word, "help" | "?"))
+    lists.iter().flat_map(|list| split_options(list)).any(|word| matches!(word.as_str(), "help" | "?"))
 }
 
 /// The list.

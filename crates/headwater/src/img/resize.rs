@@ -4,6 +4,7 @@ use crate::exit::{Exit, Outcome};
 use crate::images::{self, Look, Naming, on_ring};
 use crate::size;
 use disk::{Disk, DiskOptions};
+use image::Format;
 use std::rc::Rc;
 
 #[derive(clap::Args)]
@@ -66,7 +67,11 @@ async fn resize(args: &Args) -> Result<(), String> {
             -1 => old.checked_sub(number).filter(|size| *size > 0),
             _ => Some(number).filter(|size| *size > 0),
         };
-        let wanted = wanted.ok_or("New image size must be positive")?.next_multiple_of(512);
+        let wanted = wanted.ok_or("New image size must be positive")?;
+        if image.format() != Format::Raw && !wanted.is_multiple_of(512) {
+            return Err("The new size must be a multiple of 512".to_owned());
+        }
+        let wanted = wanted.next_multiple_of(512);
         if wanted >= old {
             return disk.resize(wanted).await.map_err(|error| error.to_string());
         }

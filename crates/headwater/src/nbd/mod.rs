@@ -213,12 +213,12 @@ fn go_into_the_background(args: &Args) -> Outcome {
 }
 
 /// An empty image over `file`, which goes away with the folder.
-fn overlay(file: &str, look: &Look) -> Result<(tempfile::TempDir, String), String> {
+pub(crate) fn overlay(file: &str, look: &Look) -> Result<(tempfile::TempDir, String), String> {
     let dir = tempfile::tempdir().map_err(|error| error.to_string())?;
     let place = dir.path().join("snapshot.qcow2").to_string_lossy().into_owned();
     let absolute = images::sources(look).identify(file, None);
     images::on_ring(async {
-        let chain = images::open(file, &Look { image_opts: false, ..look.clone() }).await?;
+        let chain = images::open(file, &Look { image_opts: false, writable: false, ..look.clone() }).await?;
         let (size, format) = (chain[0].image.size(), chain[0].image.format());
         images::close(&chain).await?;
         let backing = BackingRef { name: absolute, format: Some(format) };
