@@ -6,6 +6,7 @@ mod check;
 mod convert;
 mod create;
 mod features;
+mod neighbours;
 mod patterns;
 mod resize;
 mod snapshots;
