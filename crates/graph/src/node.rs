@@ -54,8 +54,11 @@ pub(crate) enum Node {
     /// A disk that keeps what is read from below.
     CopyOnRead { file: String },
     /// An image.
-    Format { format: Option<Format>, file: String, below: Below, key_secret: Option<String>, how: How },
+    Format { format: Option<Format>, file: String, below: Below, key_secret: Option<String>, how: How, part: Part },
 }
+
+/// Which part of its file an image is: from where, and how long.
+pub(crate) type Part = Option<(u64, Option<u64>)>;
 
 /// What a node says of how files are opened; `None`: as the caller has it.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -293,9 +296,14 @@ fn format(mut keys: Keys, driver: &str, how: How) -> Result<Node, Error> {
         encrypt.ignore(&["format"]);
         encrypt.finish("'encrypt'", "does not")?;
     }
+    let mut part = None;
+    if format == Some(Format::Raw) {
+        let (offset, size) = (keys.number("offset")?, keys.number("size")?);
+        part = (offset.is_some() || size.is_some()).then_some((offset.unwrap_or(0), size));
+    }
     keys.ignore(&TUNING);
     keys.finish(&format!("Block format '{}'", format.map_or("?", Format::name)), "does not")?;
-    Ok(Node::Format { format, file, below, key_secret, how })
+    Ok(Node::Format { format, file, below, key_secret, how, part })
 }
 
 #[cfg(test)]
@@ -313,7 +321,7 @@ mod tests {
         let node = read(json!({"driver": "qcow2", "file": {"driver": "file", "filename": "a"}, "backing": null}));
         let file = r#"json:{"driver":"file","filename":"a"}"#.to_owned();
         let (format, below, how) = (Some(Format::Qcow2), Below::Nothing, How::default());
-        assert_eq!(node.unwrap(), Node::Format { format, file, below, key_secret: None, how });
+        assert_eq!(node.unwrap(), Node::Format { format, file, below, key_secret: None, how, part: None });
     }
 
     #[test]

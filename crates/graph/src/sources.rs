@@ -15,6 +15,7 @@ use store::debug::DebugStore;
 use store::file::{FileStore, Locking};
 use store::nbd::{Address, NbdStore, Target};
 use store::null::NullStore;
+use store::part::PartStore;
 use store::throttle::ThrottleStore;
 
 /// Nodes within each other.
@@ -153,13 +154,22 @@ impl Opener for Sources {
             let below = referrer.is_some();
             let read_only = read_only || below;
             match node {
-                Node::Format { format, file, below: next, key_secret, how } => {
+                Node::Format { format, file, below: next, key_secret, how, part } => {
                     if how.read_only == Some(true) && !read_only {
                         return Err(wrong("Block node is read-only"));
                     }
                     let passphrase = key_secret.map(|id| self.objects.secret(&id)).transpose()?;
                     let passphrase = passphrase.map(|secret| secret.to_vec());
-                    let store = self.store(&file, read_only, below, how).await?;
+                    let mut store = self.store(&file, read_only, below, how).await?;
+                    if let Some((offset, size)) = part {
+                        store = match PartStore::new(Rc::clone(&store), offset, size) {
+                            Ok(part) => part,
+                            Err(error) => {
+                                let _ = store.close().await;
+                                return Err(error.into());
+                            }
+                        };
+                    }
                     Ok(Opened { store, format, below: next, passphrase })
                 }
                 node => {

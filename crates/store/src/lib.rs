@@ -13,6 +13,7 @@ pub mod file;
 pub mod memory;
 pub mod nbd;
 pub mod null;
+pub mod part;
 pub mod throttle;
 pub mod trace;
 

@@ -1,4 +1,4 @@
-//! Rarer things: 031, 062, 063, 104, 113, 120, 174, 187, 197, 244 (in part), 251, 265, 307, 309.
+//! Rarer things: 031, 062, 063, 104, 113, 120, 174, 187, 171, 197, 309.
 
 use crate::ALL;
 use headwater_tests::script::Script;
@@ -57,5 +57,33 @@ fn a_format_that_is_not_the_images_is_refused() -> Result {
          img info -f nosuch t
          io -f raw t: read -v 0 4
          img check -f raw t",
+    )
+}
+
+/// 171: a part of a raw file is a disk; nothing outside of it is touched.
+#[test]
+fn a_part_of_a_raw_file_is_a_disk() -> Result {
+    peer!("headwater", "qemu-img", "qemu-io");
+    let part = "driver=raw,offset=1M,size=1M,file.driver=file,file.filename=t";
+    let rest = "driver=raw,offset=3M,file.filename=t";
+    Script::in_each(
+        &["raw"],
+        &format!(
+            "raw t 4M 3
+             img convert --image-opts -O raw {part} x
+             same x
+             io --image-opts {part}: write -P 9 0 64k; read -P 9 0 64k; write 1M 1; read 1M 1; length; write -z 512k 512k; discard 100k 100k
+             io --image-opts {rest}: length; write -P 8 1000k 24k; write 1M 512; write -z 1000k 24k; read -P 0 1000k 24k
+             same t
+             img compare --image-opts {part} driver=raw,file.filename=x
+             img convert --image-opts -O qcow2 {rest} y
+             same y qcow2
+             img info --image-opts driver=raw,offset=5M,file.filename=t
+             img info --image-opts driver=raw,offset=3M,size=2M,file.filename=t
+             img info --image-opts driver=raw,offset=x,file.filename=t
+             img info --image-opts driver=qcow2,offset=1M,file.filename=t
+             img resize --image-opts {part} 3M
+             same t"
+        ),
     )
 }
