@@ -203,8 +203,10 @@ pub trait Image: 'static {
         Box::pin(async { Err(error) })
     }
 
-    /// Gives every cluster of a new image its place. Nothing else is in flight; durable when it returns.
-    fn preallocate(&self, how: create::Preallocation) -> ImageFuture<'_, ()> {
+    /// Gives every cluster from `from` on, where nothing is allocated (a new image, or what has grown), its place. Nothing else is in
+    /// flight; durable when it returns.
+    fn preallocate(&self, from: GuestOffset, how: create::Preallocation) -> ImageFuture<'_, ()> {
+        let _ = from;
         let what = format!("the format '{}' has no preallocation '{how:?}'", self.format());
         let error = Error::new(ErrorKind::Unsupported, self.store().name(), None, what);
         Box::pin(async move { if how == create::Preallocation::Off { Ok(()) } else { Err(error) } })

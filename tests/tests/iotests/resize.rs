@@ -1,4 +1,4 @@
-//! New sizes: 025, 102, 125 (in part), 163, 214, 220, 226, 245 (in part), 302.
+//! New sizes: 025, 102, 106, 125, 163, 214, 220, 226, 245 (in part), 302.
 
 use crate::{ALL, COW};
 use headwater_tests::script::Script;
@@ -90,4 +90,44 @@ fn sizes_between_sectors_are_rounded_up() -> Result {
          img info -f $F t
          same t",
     )
+}
+
+/// 106, 125: what is new has its place already.
+#[test]
+fn what_is_new_may_have_its_place_already() -> Result {
+    peer!("headwater", "qemu-img", "qemu-io");
+    for how in ["metadata", "falloc", "full", "off", "nosuch"] {
+        Script::in_each(
+            &["qcow2"],
+            &format!(
+                "img create -f $F -o cluster_size=4k t 1000k
+                 io t: write -P 1 900k 100k
+                 img resize --preallocation={how} -f $F t 5M
+                 io t: read -P 1 900k 100k; read -P 0 1000k 4120k
+                 map t
+                 same t
+                 img resize --preallocation={how} -f $F t 9M
+                 io t: write -P 2 8M 64k; write -P 3 6M 64k
+                 same t
+                 img resize --shrink --preallocation={how} -f $F t 1M
+                 raw base 1900k 4
+                 img create -f $F -b base -F raw u 1M
+                 io u: write -P 5 100k 100k
+                 img resize --preallocation={how} -f $F u 2M
+                 same u"
+            ),
+        )?;
+        Script::in_each(
+            &["raw", "qed"],
+            &format!(
+                "img create -f $F t 1000k
+                 io t: write -P 1 900k 100k
+                 img resize --preallocation={how} -f $F t 5M
+                 img info -f $F t
+                 io t: read -P 1 900k 100k
+                 same t"
+            ),
+        )?;
+    }
+    Ok(())
 }

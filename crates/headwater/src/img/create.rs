@@ -12,6 +12,7 @@ use disk::chain::Opener;
 use graph::{Objects, Sources};
 use image::create::{CreateOptions, Preallocation, create, validate};
 use image::{BackingRef, Format, qcow2};
+use layout::GuestOffset;
 use std::path::Path;
 use std::rc::Rc;
 use store::file::{FileStore, OpenOptions};
@@ -269,7 +270,7 @@ pub(crate) async fn preallocate(file: &str, format: Format, how: Preallocation) 
     }
     let look = Look { format: Some(format), writable: true, no_backing: true, ..Look::default() };
     let chain = images::open(file, &look).await?;
-    let done = chain[0].image.preallocate(how).await.map_err(|error| format!("{file}: {error}"));
+    let done = chain[0].image.preallocate(GuestOffset::ZERO, how).await.map_err(|error| format!("{file}: {error}"));
     images::close(&chain).await.and(done)
 }
 

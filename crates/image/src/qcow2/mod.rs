@@ -279,9 +279,9 @@ impl Image for Qcow2Image {
         Box::pin(ring::spawn(async move { core.pack(at, bytes).await }))
     }
 
-    fn preallocate(&self, how: Preallocation) -> ImageFuture<'_, ()> {
+    fn preallocate(&self, from: GuestOffset, how: Preallocation) -> ImageFuture<'_, ()> {
         let core = self.core.clone();
-        Box::pin(ring::spawn(async move { core.preallocate(how).await }))
+        Box::pin(ring::spawn(async move { core.preallocate(from, how).await }))
     }
 
     fn empty(&self) -> ImageFuture<'_, ()> {

@@ -1,4 +1,4 @@
-//! Preallocation: a new image whose clusters all have their places before anything is written.
+//! Preallocation: clusters that have their places before anything is written, of a new image or of what it has grown by.
 //!
 //! **Invariants.** Data lies in the file as it does on the disk, in one run for each L2 table. What has its place reads as zeros:
 //! places come from behind the end of the file.
@@ -16,7 +16,7 @@ const ZEROS: u64 = 1 << 20;
 
 impl Core {
     /// See [`crate::Image::preallocate`].
-    pub(super) async fn preallocate(self: &Rc<Self>, how: Preallocation) -> Result<()> {
+    pub(super) async fn preallocate(self: &Rc<Self>, from: GuestOffset, how: Preallocation) -> Result<()> {
         if how == Preallocation::Off {
             return Ok(());
         }
@@ -25,7 +25,7 @@ impl Core {
         let (cluster, words) = (header.cluster_size(), self.words());
         let end = GuestOffset(header.size).align_up(cluster);
         let zeros = Iov::zeroed(ZEROS as usize);
-        let mut at = GuestOffset::ZERO;
+        let mut at = from.align_up(cluster);
         while at < end {
             let (table, first) = self.pin_entry(at).await?;
             let stop = GuestOffset(at.get() + header.table_reach()).align_down(header.table_reach()).min(end);

@@ -18,7 +18,7 @@ use crate::{
     BackingRef, CheckReport, Error, ErrorKind, Format, Image, ImageFuture, ImageInfo, Mapped, Mapping, Purpose, Repair,
     Reservation, Result,
 };
-use layout::{GuestRange, HostOffset, HostRange};
+use layout::{GuestOffset, GuestRange, HostOffset, HostRange};
 use ring::Iov;
 use std::cell::{Cell, RefCell};
 use std::rc::Rc;
@@ -142,10 +142,10 @@ impl Image for RawImage {
         self.commit()
     }
 
-    fn preallocate(&self, how: Preallocation) -> ImageFuture<'_, ()> {
+    fn preallocate(&self, from: GuestOffset, how: Preallocation) -> ImageFuture<'_, ()> {
         Box::pin(async move {
             self.check_writable()?;
-            let all = HostOffset::ZERO.range(self.size.get());
+            let all = HostRange::between(HostOffset(from.get()), HostOffset(self.size.get()));
             match how {
                 Preallocation::Off => return Ok(()),
                 Preallocation::Metadata => {
