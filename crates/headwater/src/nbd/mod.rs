@@ -20,6 +20,9 @@ use tokio::signal::unix::{SignalKind, signal};
 /// How long a daemon may take to stand.
 const PATIENCE: Duration = Duration::from_secs(30);
 
+/// Set for a server that runs in the background.
+const DETACHED: &str = "HEADWATER_DETACHED";
+
 #[derive(clap::Args)]
 #[expect(clippy::struct_excessive_bools, reason = "a command line is made of switches")]
 pub(crate) struct Args {
@@ -153,6 +156,11 @@ async fn serve(args: &Args, spec: DiskSpec, address: Address) -> Result<(), Stri
         }
     };
     let started = started.await;
+    if started.is_ok() && std::env::var_os(DETACHED).is_some() {
+        // Whoever reads what the command said is done when it is; a server's own descriptor would keep them waiting.
+        let nothing = std::fs::OpenOptions::new().write(true).open("/dev/null");
+        let _ = nothing.map(|nothing| rustix::stdio::dup2_stderr(&nothing));
+    }
     if started.is_ok() {
         let signalled = futures_util::future::select_all(ends.iter_mut().map(|end| Box::pin(end.recv())));
         let left = async {
@@ -195,7 +203,7 @@ fn go_into_the_background(args: &Args) -> Outcome {
     let mut command = Command::new(program);
     std::os::unix::process::CommandExt::arg0(&mut command, std::env::args_os().next().unwrap_or_default());
     std::os::unix::process::CommandExt::process_group(&mut command, 0);
-    let child = command.args(words).stdin(Stdio::null()).stdout(Stdio::null()).spawn();
+    let child = command.env(DETACHED, "1").args(words).stdin(Stdio::null()).stdout(Stdio::null()).spawn();
     let mut child = child.map_err(|error| format!("could not start: {error}"))?;
     let began = Instant::now();
     while began.elapsed() < PATIENCE {
