@@ -186,7 +186,7 @@ impl Core {
         Ok(())
     }
 
-    /// `header` leads to these bitmaps and is durable.
+    /// The header leads to these bitmaps, and has the size and the L1 table that `header` has; durably.
     async fn publish_bitmaps(
         &self,
         zone: &mut HeaderZone,
@@ -214,13 +214,14 @@ impl Core {
             autoclear_features |= AUTOCLEAR_BITMAPS;
         }
         let backing = self.backing.borrow().as_ref().map(|backing| backing.name.clone());
-        let header = Header { size: header.size, autoclear_features, ..now };
+        let Header { size, l1_table, l1_entries, .. } = header;
+        let header = Header { size, l1_table, l1_entries, autoclear_features, ..now };
         self.publish_extensions(zone, header, wanted, backing.as_deref().map(str::as_bytes)).await
     }
 
-    /// Makes the disk's size `size` and its bitmaps ones of a disk of that size. Those that are in use stay as they are. Nothing is
-    /// done where there are none.
-    pub(super) async fn resize_bitmaps(&self, zone: &mut HeaderZone, size: u64) -> Result<bool> {
+    /// Publishes the size and the L1 table that `new` has, with bitmaps that are ones of a disk of that size. Those that are in use
+    /// stay as they are. Where there are none, nothing is done, and it is false.
+    pub(super) async fn resize_bitmaps(&self, zone: &mut HeaderZone, new: Header) -> Result<bool> {
         let header = self.header.get();
         let (directory, mut all) = self.directory(&header).await?;
         if all.is_empty() {
@@ -231,10 +232,10 @@ impl Core {
             for bitmap in all.iter_mut().filter(|bitmap| bitmap.flags & IN_USE == 0) {
                 let (bits, given) = self.read_bits(bitmap).await?;
                 exchange.given.extend(given);
-                self.write_bits(bitmap, Some(&bits.resized(size)), &mut exchange).await?;
+                self.write_bits(bitmap, Some(&bits.resized(new.size)), &mut exchange).await?;
             }
             exchange.given.push(directory);
-            self.publish_bitmaps(zone, Header { size, ..header }, &all, &mut exchange).await
+            self.publish_bitmaps(zone, new, &all, &mut exchange).await
         };
         let done = done.await;
         self.conclude(done, exchange, zone).await.map(|()| true)

@@ -184,10 +184,10 @@ impl Core {
         self.commit().await?;
         self.lengthen_l1(size).await?;
         let mut zone = self.zone.lock().await;
-        if self.resize_bitmaps(&mut zone, size).await? {
+        let header = Header { size, ..self.header.get() };
+        if self.resize_bitmaps(&mut zone, header).await? {
             return Ok(());
         }
-        let header = Header { size, ..self.header.get() };
         self.publish_header(&mut zone, header).await
     }
 

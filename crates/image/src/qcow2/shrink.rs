@@ -17,8 +17,9 @@ impl Core {
         self.commit().await?;
         let mut zone = self.zone.lock().await;
         let header = self.header.get();
-        if !self.resize_bitmaps(&mut zone, size).await? {
-            self.publish_header(&mut zone, Header { size, ..header }).await?;
+        let smaller = Header { size, ..header };
+        if !self.resize_bitmaps(&mut zone, smaller).await? {
+            self.publish_header(&mut zone, smaller).await?;
         }
         drop(zone);
         self.unlink_from(GuestOffset(size).align_up(header.cluster_size())).await?;

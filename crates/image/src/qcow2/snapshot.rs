@@ -233,7 +233,11 @@ impl Core {
         let old_l1 = self.header.get().l1_range().align_outward(header.cluster_size());
         let l1_entries = entries.len() as u32;
         let header = Header { size, l1_entries, l1_table: place.start(), ..self.header.get() };
-        self.publish_header(zone, header).await?;
+        // A bitmap of another size would keep the image from being opened.
+        let resized = size != self.size() && self.resize_bitmaps(zone, header).await?;
+        if !resized {
+            self.publish_header(zone, header).await?;
+        }
         self.count_down(unused).await?;
         self.count_down(vec![old_l1]).await?;
         self.write_refcounts(zone).await

@@ -112,6 +112,14 @@ fn they_say_what_was_merged_and_follow_the_size() {
             assert_eq!(runs(all(&image).await), [vec![(0, 512), (69_632, 512)], vec![(65536, 4608)]]);
             image.close().await.unwrap();
             subject.assert_clean(store.clone()).await;
+            // An older state of another size takes them along, too.
+            let image = open(store.clone()).await;
+            image.snapshot(image::SnapshotAction::Create("small".to_owned(), (1, 0))).await.unwrap();
+            image.resize(400 << 20).await.unwrap();
+            image.snapshot(image::SnapshotAction::Apply("small".to_owned())).await.unwrap();
+            assert_eq!(runs(all(&image).await), [vec![(0, 512), (69_632, 512)], vec![(65536, 4608)]]);
+            image.close().await.unwrap();
+            subject.assert_clean(store.clone()).await;
             // They are not what a guest's writes may be told from any more.
             let image = image::open(store, Format::Qcow2, OpenOptions::default()).await.unwrap();
             assert!(image.bitmaps().await.unwrap().iter().all(|bitmap| bitmap.in_use && bitmap.enabled));
