@@ -23,6 +23,17 @@ pub struct Layer {
     pub name: String,
     /// The image.
     pub image: Rc<dyn Image>,
+    /// Somebody else's: a disk settles what it has written to it, and leaves it open.
+    pub lent: bool,
+    /// Nothing lies below, whatever its header says: so its user said.
+    pub bottom: bool,
+}
+
+impl Layer {
+    /// The disk's own, with what its header says below it.
+    pub fn new(node: impl Into<String>, name: impl Into<String>, image: Rc<dyn Image>) -> Self {
+        Self { node: node.into(), name: name.into(), image, lent: false, bottom: false }
+    }
 }
 
 /// How to open a chain.
@@ -177,7 +188,7 @@ async fn open_layers(opener: &dyn Opener, name: &str, options: &ChainOptions, la
     let (image, mut below) = open_one(opener, name, None, options.format, top_options).await?;
     let mut seen = HashSet::from([opener.identify(name, None)]);
     let node = options.node.clone().unwrap_or_else(new_node_name);
-    layers.push(Layer { node, name: name.to_owned(), image });
+    layers.push(Layer::new(node, name, image));
     if options.no_backing {
         return Ok(());
     }
@@ -186,7 +197,12 @@ async fn open_layers(opener: &dyn Opener, name: &str, options: &ChainOptions, la
         let named = matches!(below, Below::Named(_));
         let backing = match std::mem::take(&mut below) {
             Below::Header => above.backing(),
-            Below::Nothing => None,
+            Below::Nothing => {
+                if let Some(layer) = layers.last_mut() {
+                    layer.bottom = true;
+                }
+                None
+            }
             // It says all there is to say, or leaves the rest to a look at it: the user's words, not a guest's.
             Below::Named(name) => Some(BackingRef { name, format: None }),
         };
@@ -216,7 +232,7 @@ async fn open_layers(opener: &dyn Opener, name: &str, options: &ChainOptions, la
             .await
             .map_err(|e| refuse(format!("could not open its backing file '{}'", backing.name)).because(e))?;
         below = next;
-        layers.push(Layer { node: new_node_name(), name: backing.name, image });
+        layers.push(Layer::new(new_node_name(), backing.name, image));
     }
     Ok(())
 }
@@ -259,7 +275,7 @@ async fn open_one(
 }
 
 /// A node name that nobody else in this process has. QEMU's look alike; `#` keeps them apart from users' own.
-fn new_node_name() -> String {
+pub fn new_node_name() -> String {
     static NEXT: AtomicU64 = AtomicU64::new(0);
     format!("#block{:03}", NEXT.fetch_add(1, Ordering::Relaxed))
 }

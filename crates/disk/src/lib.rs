@@ -283,8 +283,15 @@ impl Disk {
                 return outcome.clone();
             }
             let mut outcome = Ok(());
-            for layer in inner.view().layers.iter() {
-                outcome = outcome.and(layer.image.close().await);
+            for (depth, layer) in inner.view().layers.iter().enumerate() {
+                let ended = if !layer.lent {
+                    layer.image.close().await
+                } else if depth == 0 && !layer.image.read_only() && layer.image.poisoned().is_none() {
+                    layer.image.settle().await
+                } else {
+                    Ok(())
+                };
+                outcome = outcome.and(ended);
             }
             *closed = Some(outcome.clone());
             outcome

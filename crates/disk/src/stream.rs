@@ -100,7 +100,7 @@ impl Inner {
         if let (Some(backing), Some(base)) = (backing, kept.get_mut(1)) {
             base.name = backing.name;
         }
-        let let_go = view.layers[1..above].to_vec();
+        let let_go: Vec<_> = view.layers[1..above].iter().filter(|layer| !layer.lent).cloned().collect();
         let old = self.replace_view(View::new(kept));
         drop(stopped);
         drop(view);

@@ -141,7 +141,7 @@ impl World {
                 None => Plain::open(store, read_only),
             };
             next = image.backing().map(|backing| backing.name);
-            layers.push(Layer { node: format!("node-{name}"), name, image });
+            layers.push(Layer::new(format!("node-{name}"), name, image));
         }
         layers
     }
