@@ -49,6 +49,8 @@ pub struct ChainOptions {
     pub no_backing: bool,
     /// Only so many layers, from the top; what lies below them is left unopened (to be written to, `commit`).
     pub layers: Option<usize>,
+    /// The image whose header names the top, by its store's name; nothing is written then.
+    pub referrer: Option<String>,
     /// The top is opened for a check (see [`image::OpenOptions::for_check`]).
     pub for_check: bool,
 }
@@ -156,6 +158,14 @@ impl Opener for FileOpener {
     }
 }
 
+/// The file that the image `referrer` means by `name`, where both are local; else `name` as it is.
+pub fn resolve(name: &str, referrer: &str) -> String {
+    match names::parse(name) {
+        Name::Local(local) => names::resolve(local, Some(referrer)).to_string_lossy().into_owned(),
+        Name::Remote(_) => name.to_owned(),
+    }
+}
+
 async fn open_file(name: &str, referrer: Option<&str>, options: store::file::OpenOptions) -> Result<Rc<dyn Store>> {
     match names::parse(name) {
         Name::Local(local) => Ok(FileStore::open(&names::resolve(local, referrer), options).await?),
@@ -185,8 +195,9 @@ pub async fn open_chain(opener: &dyn Opener, name: &str, options: ChainOptions) 
 
 async fn open_layers(opener: &dyn Opener, name: &str, options: &ChainOptions, layers: &mut Vec<Layer>) -> Result<()> {
     let top_options = OpenOptions { read_only: options.read_only, for_check: options.for_check };
-    let (image, mut below) = open_one(opener, name, None, options.format, top_options).await?;
-    let mut seen = HashSet::from([opener.identify(name, None)]);
+    let referrer = options.referrer.as_deref();
+    let (image, mut below) = open_one(opener, name, referrer, options.format, top_options).await?;
+    let mut seen = HashSet::from([opener.identify(name, referrer)]);
     let node = options.node.clone().unwrap_or_else(new_node_name);
     layers.push(Layer::new(node, name, image));
     if options.no_backing {
