@@ -48,7 +48,7 @@ impl Graph {
         let disk = self.disk_of(&node).await?;
         let count = if writable { &node.writers } else { &node.readers };
         count.set(count.get() + 1);
-        Ok(NodeUse { disk, node, writable })
+        Ok(NodeUse { node, disk, writable })
     }
 
     /// The disks that nodes have at present: those that somebody has used.

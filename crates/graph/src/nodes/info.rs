@@ -37,7 +37,7 @@ fn actual_size(name: &str) -> Option<u64> {
 }
 
 /// QEMU's `ImageInfo` of an image.
-pub fn image_info(image: &dyn Image) -> Value {
+pub(super) fn image_info(image: &dyn Image) -> Value {
     let store = image.store();
     let info = image.info();
     let mut shown = Map::new();

@@ -61,10 +61,6 @@ impl GraphNode {
         self.edges.borrow().iter().find(|edge| edge.role == role).map(|edge| Rc::clone(&edge.node))
     }
 
-    fn children(&self) -> Vec<Edge> {
-        self.edges.borrow().clone()
-    }
-
     fn in_use(&self) -> bool {
         self.readers.get() + self.writers.get() > 0
     }
@@ -264,7 +260,8 @@ impl Graph {
     async fn dissolve(&self, node: &Rc<GraphNode>) -> Result<()> {
         self.nodes.borrow_mut().retain(|other| !Rc::ptr_eq(other, node));
         let mut outcome = self.close(node).await;
-        for edge in std::mem::take(&mut *node.edges.borrow_mut()) {
+        let edges = std::mem::take(&mut *node.edges.borrow_mut());
+        for edge in edges {
             if edge.node.implicit && self.parents(&edge.node).is_empty() {
                 outcome = outcome.and(Box::pin(self.dissolve(&edge.node)).await);
             }

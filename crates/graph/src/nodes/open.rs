@@ -190,26 +190,26 @@ impl Graph {
         if let Some(child) = node.child("file").or_else(|| node.child("image"))
             && !matches!(node.meaning, Node::CopyOnRead { .. })
         {
-            self.forget(&child);
+            forget(&child);
         }
         node.writable.set(false);
         outcome
     }
 
-    /// What lay in this node was closed by who lay on it.
-    fn forget(&self, node: &GraphNode) {
-        *node.store.borrow_mut() = None;
-        *node.image.borrow_mut() = None;
-        *node.disk.borrow_mut() = None;
-        node.writable.set(false);
-        if let Some(child) = node.child("file").or_else(|| node.child("image")) {
-            self.forget(&child);
-        }
-    }
-
     /// Closes a node for good.
     pub(super) async fn close(&self, node: &GraphNode) -> Result<()> {
         self.close_content(node).await
+    }
+}
+
+/// What lay in this node was closed by who lay on it.
+fn forget(node: &GraphNode) {
+    *node.store.borrow_mut() = None;
+    *node.image.borrow_mut() = None;
+    *node.disk.borrow_mut() = None;
+    node.writable.set(false);
+    if let Some(child) = node.child("file").or_else(|| node.child("image")) {
+        forget(&child);
     }
 }
 
