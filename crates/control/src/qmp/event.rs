@@ -1,12 +1,18 @@
 //! Events as they stand on the wire.
 
-use crate::{Ending, Stamped};
+use crate::{Ending, Happening, Stamped};
 use job::Event;
 use serde_json::{Value, json};
 
 /// An event's message.
 pub(crate) fn message(stamped: &Stamped) -> Value {
-    let (name, data) = match &stamped.event {
+    let event = match &stamped.event {
+        Happening::Job(event) => event,
+        Happening::ExportDeleted { id } => {
+            return named(stamped.seconds, stamped.microseconds, "BLOCK_EXPORT_DELETED", json!({ "id": id }));
+        }
+    };
+    let (name, data) = match event {
         Event::StatusChange { id, status } => ("JOB_STATUS_CHANGE", json!({ "status": status.name(), "id": id })),
         Event::Completed { id, len, offset, speed, error } => {
             let mut data = progress(id, *len, *offset, *speed);

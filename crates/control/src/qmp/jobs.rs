@@ -111,6 +111,7 @@ impl Stream {
             on_error: self.on_error,
             auto_finalize: self.auto_finalize,
             auto_dismiss: self.auto_dismiss,
+            hold: None,
         };
         shard.jobs().stream(options).map_err(Failure::from)
     }
