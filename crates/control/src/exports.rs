@@ -99,18 +99,14 @@ impl ShardState {
         if self.exports.borrow().iter().any(|export| export.id == spec.id) {
             return Err(Failure::generic(format!("Block export id '{}' is already in use", spec.id)));
         }
+        if !self.graph().has(&spec.node) {
+            return Err(Failure::no_node(&spec.node));
+        }
         let server = self.nbd_server.borrow().clone();
         if matches!(spec.door, DoorSpec::Nbd { .. }) && server.is_none() {
             return Err(no_server());
         }
-        let hold = match self.graph().take(&spec.node, spec.writable).await {
-            Ok(hold) => hold,
-            Err(error) if !self.graph().has(&spec.node) => {
-                let _ = error;
-                return Err(Failure::no_node(&spec.node));
-            }
-            Err(error) => return Err(error.into()),
-        };
+        let hold = self.graph().take(&spec.node, spec.writable).await?;
         let disk: Rc<Disk> = Rc::clone(hold.disk());
         let door = match (spec.door, server) {
             (DoorSpec::Nbd { name, description }, Some(server)) => {

@@ -29,7 +29,7 @@ mod sources;
 pub use name::{display_name, from_image_options, nbd_target};
 pub use nodes::Graph;
 pub use objects::Objects;
-pub use options::keyval;
+pub use options::{keyval, nest as nested};
 pub use sources::Sources;
 
 use image::{Error, ErrorKind};

@@ -4,6 +4,7 @@
 //! code (see [`exit`]).
 #![forbid(unsafe_code)]
 
+mod background;
 mod client;
 mod demo;
 mod exit;
@@ -15,6 +16,7 @@ mod nbd;
 mod progress;
 mod serve;
 mod size;
+mod storage_daemon;
 mod tool;
 
 use clap::{Parser, Subcommand};
@@ -48,6 +50,13 @@ enum Command {
     Nbd(nbd::Args),
     /// Serve disks to guests (NBD, vhost-user-blk) and to operators (QMP, HMP)
     Serve(serve::Args),
+    /// Serve named nodes, steered by QMP (the command line of `qemu-storage-daemon`)
+    #[command(disable_help_flag = true)]
+    StorageDaemon {
+        /// Its options; see --help
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        words: Vec<String>,
+    },
     /// Start to stream a disk's backing data into its image
     Stream(jobs::StreamArgs),
     /// List block jobs
@@ -104,6 +113,11 @@ fn command() -> Command {
         tool::set_name(called);
         return Command::Nbd(Nbd::parse().args);
     }
+    if called == "qemu-storage-daemon" {
+        tool::set_name(called);
+        let words = std::env::args_os().skip(1).map(|word| word.to_string_lossy().into_owned()).collect();
+        return Command::StorageDaemon { words };
+    }
     Cli::parse().command
 }
 
@@ -121,6 +135,7 @@ fn main() -> std::process::ExitCode {
         Command::Io(args) => io::run(&args),
         Command::Nbd(args) => nbd::run(&args),
         Command::Serve(args) => serve::run(args),
+        Command::StorageDaemon { words } => storage_daemon::run(&words),
         Command::Stream(args) => jobs::stream(args),
         Command::Jobs(args) => jobs::list(&args),
         Command::Speed(args) => jobs::speed(args),

@@ -151,6 +151,7 @@ pub(crate) async fn named_nodes(engine: &Engine, mut arguments: Arguments) -> Re
             answer.push(info);
         }
     }
+    answer.extend(super::nodes::list(engine).await?);
     Ok(Value::Array(answer))
 }
 

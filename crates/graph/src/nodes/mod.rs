@@ -21,7 +21,7 @@ use crate::options::nest;
 use crate::{Objects, Sources, json, wrong};
 use disk::chain::new_node_name;
 use disk::{Disk, FileOpener};
-use image::{Error, ErrorKind, Image, Result};
+use image::{Error, ErrorKind, Format, Image, Result};
 use ring::sync::Mutex;
 use serde_json::{Map, Value};
 use std::cell::{Cell, RefCell};
@@ -64,6 +64,13 @@ impl GraphNode {
     fn in_use(&self) -> bool {
         self.readers.get() + self.writers.get() > 0
     }
+}
+
+/// Whether nodes can be of this driver; none is looked for where it is left open.
+fn known_driver(name: &str) -> bool {
+    const OTHERS: [&str; 10] =
+        ["", "file", "host_device", "host_cdrom", "null-co", "null-aio", "nbd", "blkdebug", "throttle", "copy-on-read"];
+    OTHERS.contains(&name) || Format::from_name(name).is_some()
 }
 
 /// All nodes of a shard.
@@ -154,6 +161,9 @@ impl Graph {
             tree.insert("driver".to_owned(), Value::String("file".to_owned()));
         }
         let driver = tree.get("driver").and_then(Value::as_str).unwrap_or_default().to_owned();
+        if !known_driver(&driver) {
+            return Err(wrong(format!("Parameter 'driver' does not accept value '{driver}'")));
+        }
         let discard = tree.get("discard").and_then(Value::as_str).is_some_and(|word| word == "unmap" || word == "on");
         let meaning = understand(tree)?;
         let node = Rc::new(GraphNode {
