@@ -351,6 +351,11 @@ impl Disk {
         self.inner.find_base(name)
     }
 
+    /// Whether a job has it.
+    pub fn claimed(&self) -> bool {
+        self.inner.claim.borrow().is_some()
+    }
+
     /// Takes the disk for a job (one at a time); given back when the token is dropped. [`ErrorKind::Busy`] otherwise.
     pub fn claim(&self, job: &str) -> Result<Claim> {
         Claim::take(&self.inner, job)

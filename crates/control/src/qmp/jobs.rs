@@ -104,10 +104,14 @@ impl Stream {
         let id = self.job_id.clone().ok_or_else(|| Failure::generic("Invalid job ID ''"))?;
         engine
             .on_nodes(move |shard| async move {
+                let graph = shard.graph();
+                if let Some(job) = graph.job_on(&self.device) {
+                    let what = format!("Node '{}' is busy: block device is in use by block job: {job}", self.device);
+                    return Err(Failure::generic(what));
+                }
                 if shard.jobs().info(&id).is_some() {
                     return Err(Failure::generic(format!("Job ID '{id}' already in use")));
                 }
-                let graph = shard.graph();
                 for name in self.base_node.iter().chain(self.bottom.iter()) {
                     if !graph.has(name) {
                         return Err(Failure::no_node(name));

@@ -64,9 +64,8 @@ pub(crate) async fn resize(engine: &Engine, mut arguments: Arguments) -> Result<
     let (device, node) = (arguments.string("device")?, arguments.string("node-name")?);
     let size = arguments.integer("size")?.unwrap_or_default();
     let name = match (device, node) {
-        (Some(_), Some(_)) | (None, None) => {
-            return Err(Failure::generic("Use either device or node-name but not both"));
-        }
+        (Some(_), Some(_)) => return Err(Failure::generic("Use either device or node-name but not both")),
+        (None, None) => return Err(Failure::no_node("")),
         (Some(device), None) => {
             if engine.devices().contains(&device) {
                 let size = to_size(size)?;

@@ -57,6 +57,12 @@ impl Graph {
         nodes.iter().filter_map(|node| Some((node.name.clone(), node.disk.borrow().clone()?))).collect()
     }
 
+    /// The kind of job that works on a node, if any does.
+    pub fn job_on(&self, name: &str) -> Option<&'static str> {
+        let disk = self.find(name)?.disk.borrow().clone()?;
+        disk.claimed().then_some("stream")
+    }
+
     /// What `node` shows, made when it is first asked for.
     pub(super) async fn disk_of(&self, node: &Rc<GraphNode>) -> Result<Rc<Disk>> {
         if let Some(disk) = node.disk.borrow().clone() {
@@ -123,8 +129,12 @@ impl Graph {
                 if !gone.implicit || !self.parents(&gone).is_empty() {
                     break;
                 }
-                gone.edges.borrow_mut().clear();
-                self.nodes.borrow_mut().retain(|other| !Rc::ptr_eq(other, &gone));
+                let files = std::mem::take(&mut *gone.edges.borrow_mut());
+                let is_gone = |node: &Rc<GraphNode>| {
+                    Rc::ptr_eq(node, &gone)
+                        || files.iter().any(|edge| edge.role == "file" && Rc::ptr_eq(&edge.node, node))
+                };
+                self.nodes.borrow_mut().retain(|other| !is_gone(other));
             }
         }
     }

@@ -61,6 +61,12 @@ impl GraphNode {
         self.edges.borrow().iter().find(|edge| edge.role == role).map(|edge| Rc::clone(&edge.node))
     }
 
+    fn is_open(&self) -> bool {
+        matches!(self.meaning, Node::CopyOnRead { .. })
+            || self.store.borrow().is_some()
+            || self.image.borrow().is_some()
+    }
+
     fn in_use(&self) -> bool {
         self.readers.get() + self.writers.get() > 0
     }
@@ -97,6 +103,10 @@ impl Graph {
 
     fn find(&self, name: &str) -> Option<Rc<GraphNode>> {
         self.nodes.borrow().iter().find(|node| node.name == name).cloned()
+    }
+
+    fn is_there(&self, node: &Rc<GraphNode>) -> bool {
+        self.nodes.borrow().iter().any(|other| Rc::ptr_eq(other, node))
     }
 
     /// Whether there is a node of this name.
@@ -164,6 +174,9 @@ impl Graph {
         if !known_driver(&driver) {
             return Err(wrong(format!("Parameter 'driver' does not accept value '{driver}'")));
         }
+        if driver == "file" && !tree.contains_key("filename") {
+            return Err(wrong("Parameter 'filename' is missing"));
+        }
         let discard = tree.get("discard").and_then(Value::as_str).is_some_and(|word| word == "unmap" || word == "on");
         let meaning = understand(tree)?;
         let node = Rc::new(GraphNode {
@@ -192,6 +205,7 @@ impl Graph {
                 self.attach(&node, role, child).await?;
             }
             self.open(&node, false).await?;
+            self.nodes.borrow_mut().push(Rc::clone(&node));
             if let Node::Format { below, .. } = &node.meaning {
                 match below {
                     Backing::Child(child) => self.attach(&node, "backing", child).await?,
@@ -201,9 +215,7 @@ impl Graph {
             }
             Ok(())
         };
-        let made = made.await;
-        self.nodes.borrow_mut().push(Rc::clone(&node));
-        match made {
+        match made.await {
             Ok(()) => Ok(node),
             Err(error) => {
                 // The failure itself is what gets reported.
@@ -247,15 +259,10 @@ impl Graph {
         let node = self.find(name).ok_or_else(|| wrong(format!("Failed to find node with node-name='{name}'")))?;
         if let Some((parent, role)) = self.parents(&node).into_iter().next() {
             let what = match role {
-                "backing" => "backing hd",
-                role => role,
+                "backing" => format!("Node '{name}' is busy: node is used as backing hd of '{}'", parent.name),
+                _ => format!("Block device {name} is in use"),
             };
-            return Err(Error::new(
-                ErrorKind::Busy,
-                "",
-                None,
-                format!("Node '{name}' is busy: node is used as {what} of '{}'", parent.name),
-            ));
+            return Err(Error::new(ErrorKind::Busy, "", None, what));
         }
         if node.implicit {
             return Err(wrong(format!("Node {name} is not owned by the monitor")));
@@ -272,8 +279,12 @@ impl Graph {
         let mut outcome = self.close(node).await;
         let edges = std::mem::take(&mut *node.edges.borrow_mut());
         for edge in edges {
-            if edge.node.implicit && self.parents(&edge.node).is_empty() {
-                outcome = outcome.and(Box::pin(self.dissolve(&edge.node)).await);
+            let child = edge.node;
+            if child.implicit && self.parents(&child).is_empty() {
+                outcome = outcome.and(Box::pin(self.dissolve(&child)).await);
+            } else if !child.is_open() && self.is_there(&child) {
+                // It stays what it was before somebody lay on it.
+                outcome = outcome.and(Box::pin(self.open(&child, false)).await);
             }
         }
         outcome
@@ -284,10 +295,16 @@ impl Graph {
         let _alone = self.changing.lock().await;
         self.reconcile();
         let mut outcome = Ok(());
-        loop {
-            let top = self.nodes.borrow().iter().find(|node| self.parents(node).is_empty()).cloned();
-            let Some(top) = top else { return outcome };
-            outcome = outcome.and(self.dissolve(&top).await);
+        let mut left = self.nodes.take();
+        let lies_on = |above: &Rc<GraphNode>, node: &Rc<GraphNode>| {
+            above.edges.borrow().iter().any(|edge| Rc::ptr_eq(&edge.node, node))
+        };
+        while !left.is_empty() {
+            // There are no circles: a node is made after what lies below it.
+            let top = left.iter().position(|node| !left.iter().any(|above| lies_on(above, node))).unwrap_or(0);
+            let node = left.remove(top);
+            outcome = outcome.and(self.close(&node).await);
         }
+        outcome
     }
 }

@@ -3,7 +3,7 @@
 use super::{Edge, Graph, GraphNode};
 use crate::node::{How, Node};
 use crate::wrong;
-use disk::chain::{ChainOptions, Layer, open_chain};
+use disk::chain::{ChainOptions, Layer, new_node_name, open_chain};
 use disk::{DiskStore, Opener};
 use futures_util::future::LocalBoxFuture;
 use image::{Companions, Error, ErrorKind, Format, Image, OpenOptions, Result, Surroundings};
@@ -164,8 +164,8 @@ impl Graph {
             .map_err(|error| Error::new(ErrorKind::Chain, "", None, "Could not open backing file").because(error))?;
         let mut above = Rc::clone(node);
         for layer in chain {
-            let below = implicit_image(layer);
-            self.nodes.borrow_mut().push(Rc::clone(&below));
+            let (file, below) = implicit_image(layer);
+            self.nodes.borrow_mut().extend([file, Rc::clone(&below)]);
             above.edges.borrow_mut().push(Edge { role: "backing", node: Rc::clone(&below) });
             above = below;
         }
@@ -213,24 +213,30 @@ fn forget(node: &GraphNode) {
     }
 }
 
-/// A node for an image that was opened with the chain it is in.
-fn implicit_image(layer: Layer) -> Rc<GraphNode> {
+/// Nodes for an image that was opened with the chain it is in: its file's and its own.
+fn implicit_image(layer: Layer) -> (Rc<GraphNode>, Rc<GraphNode>) {
     let Layer { node: name, image, .. } = layer;
-    let driver = image.format().name().to_owned();
-    let meaning =
-        Node::File { path: image.store().name().into(), how: How { read_only: Some(true), ..How::default() } };
-    Rc::new(GraphNode {
-        name,
-        implicit: true,
-        driver,
-        meaning,
-        discard: false,
-        edges: RefCell::default(),
-        store: RefCell::default(),
-        image: RefCell::new(Some(image)),
-        disk: RefCell::default(),
-        writable: Cell::new(false),
-        readers: Cell::new(0),
-        writers: Cell::new(0),
-    })
+    let how = How { read_only: Some(true), ..How::default() };
+    let meaning = Node::File { path: image.store().name().into(), how };
+    let node = |name: String, driver: &str, edges: Vec<Edge>, image: Option<Rc<dyn Image>>| {
+        Rc::new(GraphNode {
+            name,
+            implicit: true,
+            driver: driver.to_owned(),
+            meaning: meaning.clone(),
+            discard: false,
+            edges: RefCell::new(edges),
+            store: RefCell::default(),
+            image: RefCell::new(image),
+            disk: RefCell::default(),
+            writable: Cell::new(false),
+            readers: Cell::new(0),
+            writers: Cell::new(0),
+        })
+    };
+    // It has nothing open of its own: what lies in it does.
+    let file = node(new_node_name(), image.store().protocol(), Vec::new(), None);
+    let edges = vec![Edge { role: "file", node: Rc::clone(&file) }];
+    let driver = image.format().name();
+    (file, node(name, driver, edges, Some(image)))
 }
