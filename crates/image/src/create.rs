@@ -47,7 +47,9 @@ pub fn validate(options: &CreateOptions) -> Result<Vec<String>> {
     match options.format {
         Format::Raw => crate::raw::validate(options),
         Format::Qcow2 => qcow2::validate(options),
-        Format::Vdi | Format::Vpc | Format::Parallels => Err(unwritten(options.format)),
+        Format::Vdi | Format::Vpc | Format::Parallels | Format::Qcow | Format::Vmdk | Format::Vhdx => {
+            Err(unwritten(options.format))
+        }
         Format::Qed => crate::qed::validate(options),
     }
 }
@@ -57,7 +59,9 @@ pub async fn create(store: Rc<dyn Store>, options: &CreateOptions) -> Result<()>
     match options.format {
         Format::Raw => crate::raw::create(store, options).await,
         Format::Qcow2 => qcow2::create(store, options).await,
-        Format::Vdi | Format::Vpc | Format::Parallels => Err(unwritten(options.format)),
+        Format::Vdi | Format::Vpc | Format::Parallels | Format::Qcow | Format::Vmdk | Format::Vhdx => {
+            Err(unwritten(options.format))
+        }
         Format::Qed => crate::qed::create(store, options).await,
     }
 }

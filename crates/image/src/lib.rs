@@ -26,6 +26,8 @@ pub mod error;
 mod grid;
 mod health;
 pub mod open;
+mod packed;
+mod paged;
 pub mod probe;
 pub mod qcow2;
 pub mod qed;

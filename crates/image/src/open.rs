@@ -63,12 +63,13 @@ pub async fn open_in(
     store: Rc<dyn Store>,
     format: Format,
     options: OpenOptions,
-    _surroundings: Surroundings<'_>,
+    surroundings: Surroundings<'_>,
 ) -> Result<Rc<dyn Image>> {
     match format {
         Format::Raw => crate::raw::open(store, options),
         Format::Qcow2 => crate::qcow2::open(store, options).await,
         Format::Vdi | Format::Vpc | Format::Parallels => crate::grid::open(store, format, options).await,
+        Format::Qcow | Format::Vmdk | Format::Vhdx => crate::paged::open(store, format, options, surroundings).await,
         Format::Qed => crate::qed::open(store, options).await,
     }
 }

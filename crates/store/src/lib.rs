@@ -10,6 +10,7 @@ pub mod debug;
 pub mod error;
 pub mod fault;
 pub mod file;
+pub mod joined;
 pub mod memory;
 pub mod nbd;
 pub mod null;
