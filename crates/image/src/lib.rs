@@ -25,6 +25,7 @@ pub mod create;
 pub mod error;
 mod grid;
 mod health;
+mod luks;
 pub mod open;
 mod packed;
 mod paged;
@@ -42,6 +43,7 @@ mod tables;
 pub use backing::BackingRef;
 pub use check::{CheckReport, Repair};
 pub use error::{Error, ErrorKind, Result};
+pub use luks::Passphrase;
 pub use open::{Companions, NoCompanions, OpenOptions, Surroundings, open, open_in};
 pub use probe::Format;
 pub use reservation::{Keep, Linked, Purpose, Reservation};
@@ -100,6 +102,8 @@ pub struct ImageInfo {
     pub dirty: bool,
     /// Things a user should know that are no error.
     pub warnings: Vec<String>,
+    /// Guests' data are encrypted.
+    pub encrypted: bool,
     /// QCOW2: what it alone has.
     pub qcow2: Option<qcow2::Qcow2Info>,
 }

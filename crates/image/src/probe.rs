@@ -30,6 +30,8 @@ pub enum Format {
     Vmdk,
     /// Hyper-V's, read only.
     Vhdx,
+    /// An encrypted volume (LUKS, version 1).
+    Luks,
 }
 
 impl Format {
@@ -45,6 +47,7 @@ impl Format {
             Self::Qcow => "qcow",
             Self::Vmdk => "vmdk",
             Self::Vhdx => "vhdx",
+            Self::Luks => "luks",
         }
     }
 
@@ -60,6 +63,7 @@ impl Format {
             "qcow" => Some(Self::Qcow),
             "vmdk" => Some(Self::Vmdk),
             "vhdx" => Some(Self::Vhdx),
+            "luks" => Some(Self::Luks),
             _ => None,
         }
     }
@@ -72,9 +76,8 @@ impl fmt::Display for Format {
 }
 
 /// Formats that are recognised by their first bytes, and not served: offset, bytes, name.
-const FOREIGN: [(usize, &[u8], &str); 8] = [
+const FOREIGN: [(usize, &[u8], &str); 7] = [
     (0, b"COWD", "VMDK (version 3)"),
-    (0, b"LUKS\xba\xbe", "LUKS"),
     (0, b"Bochs Virtual HD Image", "Bochs"),
     (0, b"#!/bin/sh\n#V2.0 Format\nmodprobe cloop", "cloop"),
     (0, b"OOOM", "User-mode Linux COW"),
@@ -103,6 +106,9 @@ pub async fn probe(store: &dyn Store) -> Result<Format> {
     }
     if head.starts_with(&layout::vmdk::MAGIC) || head.starts_with(layout::vmdk::descriptor::SIGNATURE) {
         return Ok(Format::Vmdk);
+    }
+    if head.starts_with(&layout::luks::MAGIC) {
+        return Ok(Format::Luks);
     }
     if head.starts_with(&layout::vhdx::SIGNATURE) {
         return Ok(Format::Vhdx);

@@ -5,6 +5,7 @@
 
 pub mod addr;
 pub mod field;
+pub mod luks;
 pub mod parallels;
 pub mod qcow;
 pub mod qcow2;

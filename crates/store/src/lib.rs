@@ -6,6 +6,7 @@
 
 mod abandoned;
 pub mod ailing;
+pub mod cipher;
 pub mod debug;
 pub mod error;
 pub mod fault;

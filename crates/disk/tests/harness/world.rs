@@ -86,6 +86,8 @@ impl World {
                     cluster_size: unit,
                     table_size: None,
                     qcow2: image::qcow2::Options::default(),
+                    passphrase: None,
+                    iteration_time: None,
                 };
                 create(file.bytes.clone(), &options).await.unwrap();
             }

@@ -86,6 +86,8 @@ fn make_overlay(master: &Path, top: &Path, size: u64) -> Result<(), String> {
         cluster_size: None,
         table_size: None,
         qcow2: image::qcow2::Options::default(),
+        passphrase: None,
+        iteration_time: None,
     };
     on_ring(create::write(&top.to_string_lossy(), &options))
 }

@@ -105,6 +105,8 @@ async fn convert(args: &Args) -> Result<(), String> {
 
 async fn into(args: &Args, source: &Rc<Source>, output: Format, target: &str) -> Result<(), String> {
     let mut len = source.size();
+    let objects = args.naming.objects()?;
+    let mut secret = None;
     if !args.no_create {
         let mut wanted = Wanted::gather(&args.options, output)?;
         wanted.backing = wanted.backing.or_else(|| args.backing.clone());
@@ -126,20 +128,25 @@ async fn into(args: &Args, source: &Rc<Source>, output: Format, target: &str) ->
             cluster_size: wanted.cluster_size,
             table_size: wanted.table_size,
             qcow2: wanted.qcow2,
+            passphrase: create::passphrase(wanted.key_secret.as_deref(), &objects)?,
+            iteration_time: wanted.iteration_time,
             ..CreateOptions::new(output, size.next_multiple_of(512))
         };
         create::write(target, &options).await?;
-        create::preallocate(target, output, wanted.preallocation).await?;
+        secret = wanted.key_secret;
+        let unlocking = secret.as_deref().map(|id| (id, &objects));
+        create::preallocate(target, output, wanted.preallocation, unlocking).await?;
     }
+    let (name, look) = create::named(target, output, secret.as_deref().map(|id| (id, &objects)));
     let writable = Look {
-        format: (!args.target_image_opts).then_some(output),
+        format: if args.target_image_opts { None } else { look.format },
         image_opts: args.target_image_opts,
-        objects: args.naming.objects()?,
+        objects,
         writable: true,
         no_flush: args.cache == "unsafe",
         ..Look::default()
     };
-    let chain = images::open(target, &writable).await?;
+    let chain = images::open(&name, &writable).await?;
     let disk = Disk::new("target", chain, DiskOptions::default());
     let has_backing = disk.chain().len() > 1;
     if args.no_create && disk.size() < len {

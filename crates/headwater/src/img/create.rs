@@ -10,9 +10,11 @@ use crate::tool;
 use disk::chain::Opener;
 use graph::{Objects, Sources};
 use image::create::{CreateOptions, Preallocation, create, validate};
-use image::{BackingRef, Format, qcow2};
+use image::{BackingRef, Format, Passphrase, qcow2};
+use serde_json::json;
 use std::path::Path;
 use std::rc::Rc;
+use std::time::Duration;
 use store::file::{FileStore, OpenOptions};
 
 #[derive(clap::Args)]
@@ -55,6 +57,10 @@ pub(crate) struct Wanted {
     pub(crate) table_size: Option<u32>,
     pub(crate) qcow2: qcow2::Options,
     pub(crate) preallocation: Preallocation,
+    /// Which secret unlocks it.
+    pub(crate) key_secret: Option<String>,
+    /// How long a passphrase shall take to try.
+    pub(crate) iteration_time: Option<Duration>,
 }
 
 /// What to do where the backing file's format was not stated.
@@ -108,6 +114,18 @@ impl Wanted {
                     wanted.table_size =
                         Some(u32::try_from(clusters).map_err(|_| format!("Invalid table_size '{value}'"))?);
                 }
+                ("encrypt.format", Format::Qcow2) if value == "luks" => wanted.qcow2.encrypted = true,
+                ("encrypt.format", Format::Qcow2) => {
+                    return Err(format!("encrypt.format '{value}' is not there: luks is"));
+                }
+                ("encrypt.key-secret", Format::Qcow2) | ("key-secret", Format::Luks) => {
+                    wanted.key_secret = Some(value.to_owned());
+                }
+                ("encrypt.iter-time", Format::Qcow2) | ("iter-time", Format::Luks) => {
+                    let ms = value.parse().map_err(|_| format!("Parameter '{key}' expects a number"))?;
+                    wanted.iteration_time = Some(Duration::from_millis(ms));
+                }
+                (_, Format::Qcow2 | Format::Luks) if is_the_only_cipher(key, value)? => {}
                 ("preallocation", Format::Qcow2 | Format::Raw) => wanted.preallocation = preallocation(value)?,
                 (_, Format::Qcow2) => qcow2_option(&mut wanted.qcow2, key, value)?,
                 _ => return Err(format!("Invalid parameter '{key}'")),
@@ -115,6 +133,18 @@ impl Wanted {
         }
         Ok(wanted)
     }
+}
+
+/// Whether it is an option of ciphers; only one is made.
+fn is_the_only_cipher(key: &str, value: &str) -> Result<bool, String> {
+    let made = match key.strip_prefix("encrypt.").unwrap_or(key) {
+        "cipher-alg" => "aes-256",
+        "cipher-mode" => "xts",
+        "ivgen-alg" => "plain64",
+        "hash-alg" => "sha256",
+        _ => return Ok(false),
+    };
+    if value == made { Ok(true) } else { Err(format!("Parameter '{key}' has only one value here: {made}")) }
 }
 
 /// A mode of preallocation, as users write it.
@@ -221,8 +251,11 @@ async fn make(args: &Args, format: Format, wanted: Wanted, guess: Guess) -> Resu
         cluster_size: wanted.cluster_size,
         table_size: wanted.table_size,
         qcow2: wanted.qcow2,
+        passphrase: passphrase(wanted.key_secret.as_deref(), &objects).map_err(|e| format!("{file}: {e}"))?,
+        iteration_time: wanted.iteration_time,
     };
     let preallocation = wanted.preallocation;
+    let unlocking = wanted.key_secret.as_deref().map(|id| (id, &objects));
     let warnings = validate(&options).map_err(|e| format!("{file}: {e}"))?;
     if !args.quiet {
         println!("{}", formatting_line(file, &options, preallocation));
@@ -231,16 +264,38 @@ async fn make(args: &Args, format: Format, wanted: Wanted, guess: Guess) -> Resu
         }
     }
     write(file, &options).await?;
-    preallocate(file, format, preallocation).await
+    preallocate(file, format, preallocation, unlocking).await
+}
+
+/// What a secret holds.
+pub(crate) fn passphrase(secret: Option<&str>, objects: &Objects) -> Result<Option<Passphrase>, String> {
+    let secret = secret.map(|id| objects.secret(id)).transpose().map_err(|error| error.to_string())?;
+    Ok(secret.map(|bytes| Passphrase::new(&bytes)))
+}
+
+/// How an image that was just made is opened: with the secret that unlocks it.
+pub(crate) fn named(file: &str, format: Format, unlocking: Option<(&str, &Rc<Objects>)>) -> (String, Look) {
+    let Some((secret, objects)) = unlocking else {
+        return (file.to_owned(), Look { format: Some(format), ..Look::default() });
+    };
+    let key = if format == Format::Luks { "key-secret" } else { "encrypt.key-secret" };
+    let tree = json!({ "driver": format.name(), "file": { "driver": "file", "filename": file }, key: secret });
+    (format!("json:{tree}"), Look { objects: Rc::clone(objects), ..Look::default() })
 }
 
 /// Gives a new image's clusters their places.
-pub(crate) async fn preallocate(file: &str, format: Format, how: Preallocation) -> Result<(), String> {
+pub(crate) async fn preallocate(
+    file: &str,
+    format: Format,
+    how: Preallocation,
+    unlocking: Option<(&str, &Rc<Objects>)>,
+) -> Result<(), String> {
     if how == Preallocation::Off {
         return Ok(());
     }
-    let look = Look { format: Some(format), writable: true, no_backing: true, ..Look::default() };
-    let chain = images::open(file, &look).await?;
+    let (name, look) = named(file, format, unlocking);
+    let look = Look { writable: true, no_backing: true, ..look };
+    let chain = images::open(&name, &look).await?;
     let done = chain[0].image.preallocate(how).await.map_err(|error| format!("{file}: {error}"));
     images::close(&chain).await.and(done)
 }

@@ -72,6 +72,7 @@ struct Described {
     file_length: u64,
     cluster_size: Option<u64>,
     dirty: bool,
+    encrypted: bool,
     backing: Option<(String, Option<&'static str>, String)>,
     warnings: Vec<String>,
     qcow2: Option<Qcow2Info>,
@@ -97,6 +98,7 @@ impl Described {
             file_length: store.size().next_multiple_of(512),
             cluster_size: info.cluster_size,
             dirty: info.dirty,
+            encrypted: info.encrypted || image.format() == image::Format::Luks,
             backing: image.backing().map(|below| {
                 let full = full_name(&opener, &below.name, &filename);
                 (below.name, below.format.map(image::Format::name), full)
@@ -119,6 +121,9 @@ impl Described {
         line(format!("file format: {}", self.format));
         line(format!("virtual size: {} ({} bytes)", human(self.virtual_size), self.virtual_size));
         line(format!("disk size: {disk_size}"));
+        if self.encrypted {
+            line("encrypted: yes".into());
+        }
         if self.dirty {
             line("cleanly shut down: no".into());
         }
@@ -207,6 +212,9 @@ impl Described {
         top.insert("filename".into(), json!(self.filename));
         if let Some(bytes) = self.cluster_size {
             top.insert("cluster-size".into(), json!(bytes));
+        }
+        if self.encrypted {
+            top.insert("encrypted".into(), json!(true));
         }
         top.insert("format".into(), json!(self.format));
         if let Some(bytes) = self.disk_size {

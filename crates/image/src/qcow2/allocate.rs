@@ -44,14 +44,18 @@ impl Core {
             let mut held = self.room.take(want.min(MAX_RUN)).await?;
             self.prepare_to_count(held.range()).await?;
             if purpose == Purpose::Zero {
-                held = zeroed(held).await?;
+                if self.blank {
+                    held = zeroed(held).await?;
+                } else {
+                    self.payload.zero(held.range(), ZeroMode { unmap: true }).await?;
+                }
             }
             space = Some(held);
         }
         self.health.check_poison()?;
         let (host, len, zeroed) = match &space {
             None => (None, want, false),
-            Some(held) => (Some(held.range().start()), held.range().len(), held.zeroed()),
+            Some(held) => (Some(held.range().start()), held.range().len(), held.zeroed() && self.blank),
         };
         let host = if purpose == Purpose::Data { host } else { None };
         let clusters = Clusters { space, slice, table, _busy: busy, core: self.clone() };
@@ -81,7 +85,7 @@ impl Core {
             let keep = match mapped.mapping {
                 Mapping::Data(host) if whole => {
                     let len = mapped.len.next_multiple_of(cluster);
-                    self.store.zero(host.range(len), ZeroMode { unmap }).await?;
+                    self.payload.zero(host.range(len), ZeroMode { unmap }).await?;
                     at = run.end();
                     continue;
                 }

@@ -2,8 +2,11 @@
 
 use super::header::{check_backing, extensions};
 use crate::create::CreateOptions;
+use crate::luks;
 use crate::{Error, ErrorKind, Result};
-use layout::qcow2::{COMPATIBLE_LAZY_REFCOUNTS, Compression, Extensions, Features, Header, refcount};
+use layout::qcow2::{
+    COMPATIBLE_LAZY_REFCOUNTS, CRYPT_LUKS, Compression, Extension, Extensions, Features, Header, refcount,
+};
 use layout::{HostOffset, HostRange};
 use ring::Iov;
 use std::rc::Rc;
@@ -29,6 +32,8 @@ pub struct Options {
     pub extended_l2: bool,
     /// How packed clusters are packed.
     pub compression: Compression,
+    /// Guests' data are encrypted by LUKS, under the passphrase of [`CreateOptions`].
+    pub encrypted: bool,
 }
 
 impl Default for Options {
@@ -39,6 +44,7 @@ impl Default for Options {
             lazy_refcounts: false,
             extended_l2: false,
             compression: Compression::Deflate,
+            encrypted: false,
         }
     }
 }
@@ -48,11 +54,13 @@ struct Plan {
     header: Header,
     blocks: u64,
     l1_clusters: u64,
+    /// For the header of the encryption, behind everything else.
+    luks_clusters: u64,
 }
 
 impl Plan {
     fn clusters(&self) -> u64 {
-        1 + u64::from(self.header.refcount_table_clusters) + self.blocks + self.l1_clusters
+        1 + u64::from(self.header.refcount_table_clusters) + self.blocks + self.l1_clusters + self.luks_clusters
     }
 }
 
@@ -118,6 +126,7 @@ fn plan(options: &CreateOptions) -> Result<Plan> {
         compatible_features: if own.lazy_refcounts { COMPATIBLE_LAZY_REFCOUNTS } else { 0 },
         autoclear_features: 0,
         compression: own.compression,
+        crypt: if own.encrypted { CRYPT_LUKS } else { 0 },
         header_bytes: if own.version == 2 { V2_BYTES } else { V3_BYTES },
     };
     if size > header.max_size() {
@@ -129,10 +138,11 @@ fn plan(options: &CreateOptions) -> Result<Plan> {
     }
     header.l1_entries = header.l1_entries_for(size) as u32;
     let l1_clusters = header.l1_range().len().div_ceil(cluster);
+    let luks_clusters = if own.encrypted { luks::header_bytes().div_ceil(cluster) } else { 0 };
     // More blocks need more counting: once around is not always enough.
     let (mut blocks, mut table) = (1, 1);
     loop {
-        let clusters = 1 + table + blocks + l1_clusters;
+        let clusters = 1 + table + blocks + l1_clusters + luks_clusters;
         let (blocks_now, table_now) = (clusters.div_ceil(header.refcounts_per_block()), (blocks * 8).div_ceil(cluster));
         if blocks_now <= blocks && table_now <= table {
             break;
@@ -141,9 +151,10 @@ fn plan(options: &CreateOptions) -> Result<Plan> {
     }
     header.refcount_table_clusters = table as u32;
     header.l1_table = HostOffset((1 + table + blocks) * cluster);
+    let luks_at = HostOffset((1 + table + blocks + l1_clusters) * cluster);
     if let Some(backing) = &options.backing {
         check_backing("", backing)?;
-        let start = u64::from(header.header_bytes) + header_extensions(options).len() as u64;
+        let start = u64::from(header.header_bytes) + header_extensions(options, luks_at).len() as u64;
         let name = HostRange::new(HostOffset(start), backing.name.len() as u64);
         if name.end().get() > cluster {
             return Err(invalid(
@@ -153,7 +164,7 @@ fn plan(options: &CreateOptions) -> Result<Plan> {
         header.backing_name = Some(name);
     }
     header.validate().map_err(|error| invalid(error.to_string()))?;
-    Ok(Plan { header, blocks, l1_clusters })
+    Ok(Plan { header, blocks, l1_clusters, luks_clusters })
 }
 
 /// Bytes of the file of such an image, once all of it is allocated: for `measure`.
@@ -174,8 +185,18 @@ pub fn measure(options: &CreateOptions) -> Result<u64> {
     }
 }
 
-fn header_extensions(options: &CreateOptions) -> Vec<u8> {
-    extensions(&Extensions::default(), options.backing.as_ref()).encode()
+fn header_extensions(options: &CreateOptions, luks_at: HostOffset) -> Vec<u8> {
+    let mut before = Extensions::default();
+    if options.qcow2.encrypted {
+        let place = [luks_at.get(), luks::header_bytes()];
+        let data = place.into_iter().flat_map(u64::to_be_bytes).collect();
+        before.all.push(Extension { kind: Extension::ENCRYPTION, data });
+    }
+    extensions(&before, options.backing.as_ref()).encode()
+}
+
+fn own_luks(options: &CreateOptions) -> bool {
+    options.qcow2.encrypted
 }
 
 /// Checks `options`; returns warnings.
@@ -215,7 +236,15 @@ pub(crate) async fn create(store: Rc<dyn Store>, options: &CreateOptions) -> Res
     store.write(header.refcount_table, Iov::from_slice(&table), false).await?;
     let mut first = vec![0; cluster.min(4096) as usize];
     header.encode_over(&mut first);
-    let (start, extensions) = (header.header_bytes as usize, header_extensions(options));
+    let luks_at = header.l1_table + plan.l1_clusters * cluster;
+    if own_luks(options) {
+        let passphrase = options.passphrase.clone().ok_or_else(|| {
+            invalid("Parameter 'encrypt.key-secret' is required for cipher: name a secret that holds the passphrase")
+        })?;
+        let made = luks::plan(passphrase, options.iteration_time).await?;
+        store.write(luks_at, Iov::from_slice(&made.bytes), false).await?;
+    }
+    let (start, extensions) = (header.header_bytes as usize, header_extensions(options, luks_at));
     first[start..start + extensions.len()].copy_from_slice(&extensions);
     if let (Some(backing), Some(slot)) = (&options.backing, header.backing_name) {
         let at = slot.start().get() as usize;

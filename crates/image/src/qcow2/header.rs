@@ -299,7 +299,7 @@ impl Core {
             }
         };
         if let crate::Mapping::Data(host) = mapped.mapping {
-            self.store.zero((host + 1).range(rest), store::ZeroMode::default()).await?;
+            self.payload.zero((host + 1).range(rest), store::ZeroMode::default()).await?;
         }
         Ok(())
     }

@@ -86,6 +86,10 @@ const SLICE_BYTES: u64 = 4096;
 /// await.
 struct Core {
     store: Rc<dyn Store>,
+    /// Where guests' data are: the store itself, or what lies encrypted in it.
+    payload: Rc<dyn Store>,
+    /// New space in the payload reads as zeros.
+    blank: bool,
     health: Health,
     for_check: bool,
     /// The header as it is on disk.
@@ -168,8 +172,9 @@ impl Image for Qcow2Image {
         Format::Qcow2
     }
 
+    #[expect(clippy::misnamed_getters, reason = "guests' data may lie encrypted in the store of the tables")]
     fn store(&self) -> &Rc<dyn Store> {
-        &self.core.store
+        &self.core.payload
     }
 
     fn size(&self) -> u64 {
@@ -207,8 +212,9 @@ impl Image for Qcow2Image {
             corrupt: has(Features::CORRUPT),
             extended_l2: has(Features::EXTENDED_L2),
         };
+        let encrypted = header.crypt != 0;
         let cluster_size = Some(header.cluster_size());
-        ImageInfo { cluster_size, dirty: has(Features::DIRTY), warnings, qcow2: Some(qcow2) }
+        ImageInfo { cluster_size, dirty: has(Features::DIRTY), warnings, encrypted, qcow2: Some(qcow2) }
     }
 
     fn lookup(&self, range: GuestRange) -> Result<Option<Mapped>> {

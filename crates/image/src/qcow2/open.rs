@@ -5,19 +5,21 @@ use super::refcount::Refcounts;
 use super::{Core, Qcow2Image, SLICE_BYTES, l1_form};
 use crate::commits::Commits;
 use crate::health::Health;
+use crate::luks;
 use crate::reservation::Active;
 use crate::room::Room;
 use crate::slices::{CACHE_BYTES, Shelf, SliceCache};
 use crate::space::Space;
 use crate::tables::Tables;
 use crate::{BackingRef, Error, ErrorKind, Format, Image, OpenOptions, Result};
-use layout::HostOffset;
 use layout::qcow2::{self, AUTOCLEAR_BITMAPS, ErrorKind as HeaderErrorKind, Extensions, Features, Header};
+use layout::{HostOffset, HostRange};
 use ring::Iov;
 use ring::sync::{Event, Mutex};
 use std::cell::{Cell, RefCell};
 use std::rc::Rc;
 use store::Store;
+use store::cipher::CipherStore;
 
 /// Enough for any header's fixed part.
 const HEAD: usize = 512;
@@ -26,12 +28,25 @@ const HEAD: usize = 512;
 const READ_BYTES: usize = 1 << 20;
 
 /// Opens the QCOW2 image in `store`.
-pub(crate) async fn open(store: Rc<dyn Store>, options: OpenOptions) -> Result<Rc<dyn Image>> {
-    open_with_table_memory(store, options, CACHE_BYTES).await
+pub(crate) async fn open(
+    store: Rc<dyn Store>,
+    options: OpenOptions,
+    passphrase: Option<&[u8]>,
+) -> Result<Rc<dyn Image>> {
+    open_whole(store, options, CACHE_BYTES, passphrase).await
 }
 
 /// Opens the QCOW2 image in `store` with a stated budget for L2 tables in memory, in bytes. [`crate::open()`] takes 32 MiB.
 pub async fn open_with_table_memory(store: Rc<dyn Store>, options: OpenOptions, bytes: usize) -> Result<Rc<dyn Image>> {
+    open_whole(store, options, bytes, None).await
+}
+
+async fn open_whole(
+    store: Rc<dyn Store>,
+    options: OpenOptions,
+    bytes: usize,
+    passphrase: Option<&[u8]>,
+) -> Result<Rc<dyn Image>> {
     let limits = store.limits();
     if limits.read_only && !options.read_only {
         let what = "it cannot be written to; open it read-only";
@@ -54,6 +69,7 @@ pub async fn open_with_table_memory(store: Rc<dyn Store>, options: OpenOptions, 
     let zone = HeaderZone::read(&*store, &header).await?;
     let backing = read_backing(&*store, &header).await?;
     let l1 = read_l1(&*store, &header).await?;
+    let payload = payload(&store, &header, passphrase).await?;
     let unpinned = Rc::new(Event::new());
     let cluster = header.cluster_size();
     let length = store.size().next_multiple_of(cluster);
@@ -75,6 +91,8 @@ pub async fn open_with_table_memory(store: Rc<dyn Store>, options: OpenOptions, 
         commits: Commits::default(),
         kept: RefCell::default(),
         packing: RefCell::default(),
+        blank: header.crypt == 0,
+        payload,
         header: Cell::new(header),
         store,
     });
@@ -82,6 +100,30 @@ pub async fn open_with_table_memory(store: Rc<dyn Store>, options: OpenOptions, 
         core.prepare_to_write().await?;
     }
     Ok(Rc::new(Qcow2Image { core }))
+}
+
+/// Where guests' data are. Of an encrypted image that nobody has unlocked, everything but them can be looked at.
+async fn payload(store: &Rc<dyn Store>, header: &Header, passphrase: Option<&[u8]>) -> Result<Rc<dyn Store>> {
+    if header.crypt == 0 {
+        return Ok(Rc::clone(store));
+    }
+    let place = encryption_header(&**store, header).await?;
+    let cipher = match passphrase {
+        Some(passphrase) => Some(luks::unlock(store, place.start(), passphrase).await?.cipher),
+        None => None,
+    };
+    // Sectors are numbered by where they are in the file.
+    Ok(CipherStore::new(Rc::clone(store), cipher, HostOffset::ZERO))
+}
+
+/// Where the header of the encryption is.
+pub(super) async fn encryption_header(store: &dyn Store, header: &Header) -> Result<HostRange> {
+    let start = u64::from(header.header_bytes);
+    let end = header.backing_name.map(|name| name.start().get()).filter(|end| *end > start);
+    let bytes = Iov::alloc((end.unwrap_or(header.cluster_size()) - start) as usize);
+    store.read(HostOffset(start), bytes.clone()).await?;
+    let found = Extensions::decode(&bytes.to_vec(), start).and_then(|extensions| extensions.encryption(header));
+    found.map_err(|error| header_error(store.name(), &error))
 }
 
 impl Core {

@@ -88,6 +88,10 @@ impl Core {
             return Err(self.health.error(ErrorKind::InvalidArgument, None, what));
         }
         self.health.check_range(at.range(cluster), self.size().next_multiple_of(cluster))?;
+        if self.header.get().crypt != 0 {
+            let what = "Compression and encryption not supported at the same time";
+            return Err(self.health.error(ErrorKind::Unsupported, None, what));
+        }
         let how = self.header.get().compression;
         let cluster_bytes = bytes.to_vec();
         let packed = ring::unblock(move || pack(how, &cluster_bytes)).await;

@@ -31,16 +31,21 @@ impl Core {
             let stop = GuestOffset(at.get() + header.table_reach()).align_down(header.table_reach()).min(end);
             drop(first);
             let mut held = self.room.take_whole(stop - at).await?;
-            held.zero().await?;
+            if self.blank {
+                held.zero().await?;
+            } else {
+                self.payload.zero(held.range(), store::ZeroMode::default()).await?;
+            }
             self.prepare_to_count(held.range()).await?;
             let range = held.range();
             match how {
+                Preallocation::Falloc if !self.blank => {}
                 Preallocation::Falloc => self.store.allocate(range).await?,
                 Preallocation::Full => {
                     let mut rest = range;
                     while !rest.is_empty() {
                         let part = rest.first(ZEROS);
-                        self.store.write(part.start(), zeros.slice(0..part.len() as usize), false).await?;
+                        self.payload.write(part.start(), zeros.slice(0..part.len() as usize), false).await?;
                         rest = rest.skip(part.len());
                     }
                 }

@@ -10,6 +10,7 @@ mod files;
 mod grid;
 mod guest;
 mod hostile;
+mod luks;
 mod model;
 mod mutation;
 mod pitfalls;

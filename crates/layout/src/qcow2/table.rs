@@ -226,6 +226,7 @@ mod tests {
             compatible_features: 0,
             autoclear_features: 0,
             compression: Compression::Deflate,
+            crypt: 0,
             header_bytes: 112,
         }
     }
