@@ -105,7 +105,12 @@ impl ShardState {
         };
         let sources = Sources::new(files, Rc::clone(&self.objects));
         let opener = Ailing { sources, ailments: spec.source.clone() };
-        let options = ChainOptions { format: spec.format, read_only: spec.read_only, ..ChainOptions::default() };
+        let options = ChainOptions {
+            format: spec.format,
+            read_only: spec.read_only,
+            snapshot: spec.snapshot.clone(),
+            ..ChainOptions::default()
+        };
         let chain = open_chain(&opener, &spec.file, options).await?;
         let disk = Disk::new(
             &spec.name,

@@ -67,6 +67,8 @@ pub struct DiskSpec {
     pub read_only: bool,
     /// What guests read from below is kept.
     pub copy_on_read: bool,
+    /// The internal snapshot (its id, or its name) to show instead of the present state; then the disk is read-only.
+    pub snapshot: Option<String>,
     /// What ails the files below the top: for demonstrations and tests.
     pub source: Ailments,
 }

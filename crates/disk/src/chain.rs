@@ -53,6 +53,10 @@ pub struct ChainOptions {
     pub referrer: Option<String>,
     /// The top is opened for a check (see [`image::OpenOptions::for_check`]).
     pub for_check: bool,
+    /// The internal snapshot of the top (its id, or its name) to show instead of its present state; read-only.
+    pub snapshot: Option<String>,
+    /// No guest writes to the top (see [`image::Surroundings::no_guest`]).
+    pub no_guest: bool,
 }
 
 /// What lies below an image, where its name says so and its header does not count.
@@ -196,14 +200,14 @@ pub async fn open_chain(opener: &dyn Opener, name: &str, options: ChainOptions) 
 async fn open_layers(opener: &dyn Opener, name: &str, options: &ChainOptions, layers: &mut Vec<Layer>) -> Result<()> {
     let top_options = OpenOptions { read_only: options.read_only, for_check: options.for_check };
     let referrer = options.referrer.as_deref();
-    let (image, mut below) = open_one(opener, name, referrer, options.format, top_options).await?;
+    let (image, mut below) = open_one(opener, name, referrer, options.format, (top_options, options)).await?;
     let mut seen = HashSet::from([opener.identify(name, referrer)]);
     let node = options.node.clone().unwrap_or_else(new_node_name);
     layers.push(Layer::new(node, name, image));
     if options.no_backing {
         return Ok(());
     }
-    let below_options = OpenOptions { read_only: true, for_check: false };
+    let below_options = (OpenOptions { read_only: true, for_check: false }, &ChainOptions::default());
     while let Some(above) = layers.last().map(|layer| Rc::clone(&layer.image)) {
         let named = matches!(below, Below::Named(_));
         let backing = match std::mem::take(&mut below) {
@@ -267,7 +271,7 @@ async fn open_one(
     name: &str,
     referrer: Option<&str>,
     format: Option<Format>,
-    options: OpenOptions,
+    (options, more): (OpenOptions, &ChainOptions),
 ) -> Result<(Rc<dyn Image>, Below)> {
     let Opened { store, format: said, below, passphrase } = opener.open(name, referrer, options.read_only).await?;
     let opened = async {
@@ -275,7 +279,12 @@ async fn open_one(
             Some(format) => format,
             None => image::probe::probe(&*store).await?,
         };
-        let surroundings = Surroundings { companions: &FilesOf(opener), passphrase: passphrase.as_deref() };
+        let surroundings = Surroundings {
+            companions: &FilesOf(opener),
+            passphrase: passphrase.as_deref(),
+            snapshot: more.snapshot.as_deref(),
+            no_guest: more.no_guest,
+        };
         image::open_in(Rc::clone(&store), format, options, surroundings).await
     };
     let result = opened.await;

@@ -28,6 +28,12 @@ pub(crate) fn format_named(name: &str) -> Result<Format, String> {
     })
 }
 
+/// Refuses a cache mode that there is not; `what` says which it is.
+pub(crate) fn check_cache(mode: &str, what: &str) -> Result<(), String> {
+    let known = ["none", "off", "writeback", "writethrough", "directsync", "unsafe"].contains(&mode);
+    if known { Ok(()) } else { Err(format!("Invalid {what} option: {mode}")) }
+}
+
 /// Runs `work` to its end on a ring made for it.
 pub(crate) fn on_ring<T>(work: impl Future<Output = Result<T, String>>) -> Result<T, String> {
     let ring = Ring::new(Config::default()).map_err(|e| format!("could not set up I/O: {e}"))?;
@@ -41,7 +47,7 @@ pub(crate) struct Naming {
     #[arg(long = "object", value_name = "OBJECT")]
     objects: Vec<String>,
     /// Files are named by lists of options: driver=…,file.filename=…
-    #[arg(long)]
+    #[arg(long, alias = "source-image-opts")]
     image_opts: bool,
 }
 
@@ -91,6 +97,10 @@ pub(crate) struct Look {
     /// Only so many layers of the chain, from the top.
     pub(crate) layers: Option<usize>,
     pub(crate) for_check: bool,
+    /// The internal snapshot to show instead of the present state.
+    pub(crate) snapshot: Option<String>,
+    /// No guest's data are written: bitmaps stay true.
+    pub(crate) no_guest: bool,
     pub(crate) writable: bool,
     /// Past the page cache.
     pub(crate) direct: bool,
@@ -120,6 +130,8 @@ pub(crate) async fn open_from(sources: &Sources, file: &str, look: &Look) -> Res
         no_backing: look.no_backing,
         layers: look.layers,
         for_check: look.for_check,
+        snapshot: look.snapshot.clone(),
+        no_guest: look.no_guest,
         ..ChainOptions::default()
     };
     open_chain(sources, &name, options).await.map_err(|e| format!("Could not open '{file}': {e}"))

@@ -18,6 +18,7 @@ mod serve;
 mod size;
 mod storage_daemon;
 mod tool;
+mod usage;
 
 use clap::{Parser, Subcommand};
 use exit::{Exit, Outcome};
@@ -98,27 +99,27 @@ struct Nbd {
 }
 
 /// The command line, as the name says that the program was called by.
-fn command() -> Command {
+fn command() -> Result<Command, Exit> {
     let called = std::env::args_os().next().unwrap_or_default();
     let called = std::path::Path::new(&called).file_name().and_then(std::ffi::OsStr::to_str).unwrap_or_default();
     if called == "qemu-img" {
         tool::set_name(called);
-        return Command::Img(Img::parse().command);
+        return usage::tool::<Img>().map(|img| Command::Img(img.command));
     }
     if called == "qemu-io" {
         tool::set_name(called);
-        return Command::Io(Io::parse().args);
+        return usage::tool::<Io>().map(|io| Command::Io(io.args));
     }
     if called == "qemu-nbd" {
         tool::set_name(called);
-        return Command::Nbd(Nbd::parse().args);
+        return usage::tool::<Nbd>().map(|nbd| Command::Nbd(nbd.args));
     }
     if called == "qemu-storage-daemon" {
         tool::set_name(called);
         let words = std::env::args_os().skip(1).map(|word| word.to_string_lossy().into_owned()).collect();
-        return Command::StorageDaemon { words };
+        return Ok(Command::StorageDaemon { words });
     }
-    Cli::parse().command
+    usage::own::<Cli>().map(|cli| cli.command)
 }
 
 fn main() -> std::process::ExitCode {
@@ -126,7 +127,11 @@ fn main() -> std::process::ExitCode {
         .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("warn"));
     let colour = std::env::var_os("NO_COLOR").is_none() && std::io::IsTerminal::is_terminal(&std::io::stderr());
     tracing_subscriber::fmt().with_env_filter(filter).with_ansi(colour).with_writer(std::io::stderr).init();
-    let outcome: Outcome = match command() {
+    let command = match command() {
+        Ok(command) => command,
+        Err(exit) => return exit.into(),
+    };
+    let outcome: Outcome = match command {
         Command::Create(args) => create::run(args, create::Guess::Once),
         Command::Info(args) => info::run(&args),
         Command::Map(args) => map::run(&args),

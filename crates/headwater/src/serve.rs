@@ -93,6 +93,7 @@ fn plan(args: &Args) -> Result<Plan, String> {
             cache,
             read_only: args.read_only,
             copy_on_read: args.copy_on_read,
+            snapshot: None,
             source: Ailments {
                 delay: args.source_delay.map(Duration::from_millis),
                 broken_while: args.source_error_while.clone(),

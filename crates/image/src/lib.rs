@@ -18,6 +18,7 @@
 #![forbid(unsafe_code)]
 
 pub mod backing;
+pub mod bitmap;
 pub mod check;
 mod cluster_set;
 mod commits;
@@ -41,6 +42,7 @@ mod space;
 mod tables;
 
 pub use backing::BackingRef;
+pub use bitmap::{Bitmap, BitmapAction, Bits};
 pub use check::{CheckReport, Repair};
 pub use error::{Error, ErrorKind, Result};
 pub use luks::Passphrase;
@@ -230,6 +232,28 @@ pub trait Image: 'static {
     fn snapshot(&self, action: SnapshotAction) -> ImageFuture<'_, ()> {
         let what = format!("the format '{}' has no internal snapshots ({action:?})", self.format());
         let error = Error::new(ErrorKind::Unsupported, self.store().name(), None, what);
+        Box::pin(async { Err(error) })
+    }
+
+    /// The persistent bitmaps.
+    fn bitmaps(&self) -> ImageFuture<'_, Vec<Bitmap>> {
+        Box::pin(async { Ok(Vec::new()) })
+    }
+
+    /// What the bitmap of this name says.
+    fn bitmap_bits<'a>(&'a self, name: &'a str) -> ImageFuture<'a, Bits> {
+        Box::pin(async move { Err(bitmap::not_found(self.store().name(), name)) })
+    }
+
+    /// Changes bitmaps. Nothing else is in flight; durable when it returns.
+    fn bitmap(&self, action: BitmapAction) -> ImageFuture<'_, ()> {
+        let (what, name) = ("Operation not supported", self.store().name());
+        let error = match action {
+            BitmapAction::Add(..) => {
+                Error::new(ErrorKind::Unsupported, name, None, format!("Can't store persistent bitmaps: {what}"))
+            }
+            other => bitmap::not_found(name, other.name()),
+        };
         Box::pin(async { Err(error) })
     }
 

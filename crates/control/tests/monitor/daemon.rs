@@ -39,6 +39,7 @@ impl Daemon {
                 cache: CacheMode::Writeback,
                 read_only: false,
                 copy_on_read: false,
+                snapshot: None,
                 source: store::ailing::Ailments::default(),
             };
             engine.add_disk(spec).await.unwrap();

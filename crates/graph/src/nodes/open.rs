@@ -68,7 +68,7 @@ impl Graph {
                 let passphrase = passphrase.as_ref().map(|secret| &secret[..]);
                 let options = OpenOptions { read_only: !writable, for_check: false };
                 let files = FilesOf(self);
-                let surroundings = Surroundings { companions: &files, passphrase };
+                let surroundings = Surroundings { companions: &files, passphrase, ..Surroundings::default() };
                 let image = image::open_in(store, format, options, surroundings).await?;
                 *node.image.borrow_mut() = Some(image);
             }

@@ -102,6 +102,7 @@ fn spec(top: &Path, delay: u64) -> DiskSpec {
         cache: CacheMode::Writeback,
         read_only: false,
         copy_on_read: true,
+        snapshot: None,
         source: Ailments { delay: Some(Duration::from_millis(delay)), broken_while: None },
     }
 }

@@ -66,6 +66,9 @@ pub(crate) struct Args {
 }
 
 pub(crate) fn run(args: &Args) -> Outcome {
+    if !(1..=i32::MAX as u64).contains(&args.buffer_size) {
+        return Err(format!("Invalid buffer size specified. Must be between 1 and {}.", i32::MAX));
+    }
     if let Some(aio) = args.aio.as_deref().filter(|aio| !["threads", "native", "io_uring"].contains(aio)) {
         return Err(format!("Invalid aio option: {aio}"));
     }

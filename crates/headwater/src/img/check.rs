@@ -29,6 +29,9 @@ pub(crate) struct Args {
     /// Repair what is found
     #[arg(short, long, value_enum, value_name = "WHAT")]
     repair: Option<Fix>,
+    /// How it is read: none, writeback, … (accepted; metadata are read through the page cache)
+    #[arg(short = 'T', long, value_name = "CACHE")]
+    cache: Option<String>,
     /// Print errors only
     #[arg(short, long)]
     quiet: bool,
@@ -40,6 +43,7 @@ pub(crate) struct Args {
 }
 
 pub(crate) fn run(args: &Args) -> Outcome {
+    args.cache.as_deref().map_or(Ok(()), |mode| images::check_cache(mode, "source cache"))?;
     let look = Look {
         force_share: args.force_share,
         no_backing: true,

@@ -3,8 +3,9 @@
 use super::copy::{How, copy};
 use super::source::Source;
 use crate::exit::{Exit, Outcome};
-use crate::images::{self, Look, Naming, on_ring};
+use crate::images::{self, Look, Naming, check_cache, on_ring};
 use crate::progress::Steps;
+use crate::size;
 use disk::chain::Opener;
 use disk::{Disk, DiskOptions};
 use std::rc::Rc;
@@ -14,28 +15,31 @@ pub(crate) struct Args {
     #[command(flatten)]
     naming: Naming,
     /// Format of the image, instead of looking
-    #[arg(short, value_name = "FMT")]
+    #[arg(short, long = "format", value_name = "FMT")]
     format: Option<String>,
     /// How images are written to
-    #[arg(short = 't', value_name = "CACHE")]
+    #[arg(short = 't', long = "cache", value_name = "CACHE")]
     cache: Option<String>,
     /// Not into the backing file, but into this one further down the chain
-    #[arg(short, value_name = "BASE")]
+    #[arg(short, long = "base", value_name = "BASE")]
     base: Option<String>,
     /// Leave the image as it is
-    #[arg(short = 'd')]
+    #[arg(short = 'd', long = "drop")]
     keep: bool,
+    /// Bytes a second at most
+    #[arg(short, long, value_name = "RATE", value_parser = size::parse)]
+    rate: Option<u64>,
     /// Show progress
-    #[arg(short)]
+    #[arg(short, long = "progress")]
     progress: bool,
     /// Print nothing
-    #[arg(short)]
+    #[arg(short, long = "quiet")]
     quiet: bool,
     file: String,
 }
 
 pub(crate) fn run(args: &Args) -> Outcome {
-    let _ = &args.cache;
+    args.cache.as_deref().map_or(Ok(()), |mode| check_cache(mode, "cache"))?;
     on_ring(commit(args))?;
     if !args.quiet {
         println!("Image committed.");
@@ -92,7 +96,7 @@ async fn into(args: &Args, source: Rc<Disk>, target: &Rc<Disk>, size: u64) -> Re
         target.resize(size).await.map_err(|error| error.to_string())?;
     }
     let steps = Steps::new(size, args.progress && !args.quiet);
-    let how = How { target_is_zero: false, only_allocated: true, ..How::default() };
+    let how = How { target_is_zero: false, only_allocated: true, rate: args.rate, ..How::default() };
     copy(&Rc::new(Source::of(source)), target, size, how, &steps).await?;
     target.flush().await.map_err(|error| error.to_string())?;
     steps.end();

@@ -3,6 +3,7 @@
 //! A backing file whose format nobody stated is looked at once, here; what was found is said and recorded, so that it is never
 //! guessed again.
 
+use super::option_help;
 use crate::exit::{Exit, Outcome};
 use crate::images::{self, Look, format_named, on_ring};
 use crate::size;
@@ -30,18 +31,19 @@ pub(crate) struct Args {
     backing_format: Option<String>,
     /// Options as key=value, separated by commas: size, backing_file, backing_fmt, cluster_size; qed: table_size; qcow2: compat,
     /// refcount_bits, lazy_refcounts, extended_l2, compression_type
-    #[arg(short, value_name = "OPTIONS")]
+    #[arg(short, long = "options", value_name = "OPTIONS")]
     options: Vec<String>,
     /// Something that options refer to: secret,id=…
     #[arg(long = "object", value_name = "OBJECT")]
     objects: Vec<String>,
     /// Do not open the backing file (then its format and the size must be given)
-    #[arg(short = 'u', long = "unsafe")]
+    #[arg(short = 'u', long = "backing-unsafe", alias = "unsafe")]
     unchecked: bool,
     /// Print nothing
     #[arg(short, long)]
     quiet: bool,
     /// The new image
+    #[arg(default_value = "", hide_default_value = true)]
     file: String,
     /// Its size in bytes, or with a suffix k, M, G, T, P or E; by default the backing file's
     size: Option<String>,
@@ -61,6 +63,8 @@ pub(crate) struct Wanted {
     pub(crate) key_secret: Option<String>,
     /// How long a passphrase shall take to try.
     pub(crate) iteration_time: Option<Duration>,
+    /// The version, as it was written.
+    compat: Option<String>,
 }
 
 /// What to do where the backing file's format was not stated.
@@ -74,6 +78,13 @@ pub(crate) enum Guess {
 
 pub(crate) fn run(args: Args, guess: Guess) -> Outcome {
     let format = format_named(&args.format).map_err(|e| format!("{}: {e}", args.file))?;
+    if option_help::is_asked(&args.options) {
+        print!("{}", option_help::text(format));
+        return Ok(Exit::Ok);
+    }
+    if args.file.is_empty() {
+        return Err("Expecting image file name".into());
+    }
     let wanted = gather(&args, format).map_err(|e| format!("{}: {e}", args.file))?;
     on_ring(make(&args, format, wanted, guess))?;
     Ok(Exit::Ok)
@@ -88,6 +99,9 @@ fn gather(args: &Args, format: Format) -> Result<Wanted, String> {
         backing_format: wanted.backing_format.or_else(|| args.backing_format.clone()),
         ..wanted
     };
+    if wanted.backing.is_none() && wanted.backing_format.is_some() {
+        return Err("Backing format cannot be used without backing file".into());
+    }
     if wanted.backing.is_some() && wanted.preallocation != Preallocation::Off {
         return Err("Backing file and preallocation cannot be used at the same time".into());
     }
@@ -101,6 +115,9 @@ impl Wanted {
     /// What `-o` says, of an image of this format.
     pub(crate) fn gather(lists: &[String], format: Format) -> Result<Self, String> {
         let mut wanted = Self::default();
+        if let Some(list) = lists.iter().find(|list| !is_list(list)) {
+            return Err(format!("Invalid option list: {list}"));
+        }
         for pair in lists.iter().flat_map(|list| split_options(list)) {
             let (key, value) =
                 pair.split_once('=').ok_or_else(|| format!("Invalid parameter '{pair}': key=value is expected"))?;
@@ -127,6 +144,10 @@ impl Wanted {
                 }
                 (_, Format::Qcow2 | Format::Luks) if is_the_only_cipher(key, value)? => {}
                 ("preallocation", Format::Qcow2 | Format::Raw) => wanted.preallocation = preallocation(value)?,
+                ("compat", Format::Qcow2) => {
+                    wanted.compat = Some(value.to_owned());
+                    qcow2_option(&mut wanted.qcow2, key, value)?;
+                }
                 (_, Format::Qcow2) => qcow2_option(&mut wanted.qcow2, key, value)?,
                 _ => return Err(format!("Invalid parameter '{key}'")),
             }
@@ -189,8 +210,14 @@ fn qcow2_option(options: &mut qcow2::Options, key: &str, value: &str) -> Result<
     Ok(())
 }
 
+/// Whether nothing is missing between commas at its ends.
+fn is_list(list: &str) -> bool {
+    let commas = list.len() - list.trim_end_matches(',').len();
+    !list.is_empty() && (!list.starts_with(',') || list.starts_with(",,")) && commas.is_multiple_of(2)
+}
+
 /// Splits at commas; a doubled comma stands for one (as QEMU has it in file names).
-fn split_options(list: &str) -> Vec<String> {
+pub(crate) fn split_options(list: &str) -> Vec<String> {
     let mut pairs = vec![String::new()];
     let mut chars = list.chars().peekable();
     while let Some(c) = chars.next() {
@@ -256,10 +283,11 @@ async fn make(args: &Args, format: Format, wanted: Wanted, guess: Guess) -> Resu
     };
     let preallocation = wanted.preallocation;
     let unlocking = wanted.key_secret.as_deref().map(|id| (id, &objects));
-    let warnings = validate(&options).map_err(|e| format!("{file}: {e}"))?;
     if !args.quiet {
-        println!("{}", formatting_line(file, &options, preallocation));
-        for warning in warnings {
+        println!("{}", formatting_line(file, &options, preallocation, wanted.compat.as_deref()));
+    }
+    for warning in validate(&options).map_err(|e| format!("{file}: {e}"))? {
+        if !args.quiet {
             tool::complain(&format!("warning: {warning}"));
         }
     }
@@ -333,7 +361,7 @@ pub(crate) async fn write(file: &str, options: &CreateOptions) -> Result<(), Str
     closed.map_err(|e| format!("{file}: {e}"))
 }
 
-fn formatting_line(file: &str, options: &CreateOptions, preallocation: Preallocation) -> String {
+fn formatting_line(file: &str, options: &CreateOptions, preallocation: Preallocation, compat: Option<&str>) -> String {
     use std::fmt::Write;
     let mut line = format!("Formatting '{file}', fmt={} size={}", options.format, options.size);
     if let Some(backing) = &options.backing {
@@ -343,7 +371,7 @@ fn formatting_line(file: &str, options: &CreateOptions, preallocation: Prealloca
         }
     }
     if options.format == Format::Qcow2 {
-        return qcow2_line(file, options, preallocation);
+        return qcow2_line(file, options, preallocation, compat);
     }
     if options.format == Format::Qed {
         let _ = write!(line, " cluster_size={}", options.cluster_size.unwrap_or(65536));
@@ -366,7 +394,7 @@ fn preallocation_word(how: Preallocation) -> &'static str {
 }
 
 /// The same for QCOW2, whose options come first.
-fn qcow2_line(file: &str, options: &CreateOptions, preallocation: Preallocation) -> String {
+fn qcow2_line(file: &str, options: &CreateOptions, preallocation: Preallocation, compat: Option<&str>) -> String {
     use std::fmt::Write;
     let on = |on: bool| if on { "on" } else { "off" };
     let own = options.qcow2;
@@ -381,14 +409,14 @@ fn qcow2_line(file: &str, options: &CreateOptions, preallocation: Preallocation)
         preallocation_word(preallocation),
         options.size
     );
+    if let Some(compat) = compat {
+        let _ = write!(line, " compat={compat}");
+    }
     if let Some(backing) = &options.backing {
         let _ = write!(line, " backing_file={}", backing.name);
         if let Some(format) = backing.format {
             let _ = write!(line, " backing_fmt={format}");
         }
-    }
-    if own.version == 2 {
-        line.push_str(" compat=0.10");
     }
     let _ = write!(line, " lazy_refcounts={} refcount_bits={}", on(own.lazy_refcounts), own.refcount_bits);
     line
@@ -415,7 +443,7 @@ mod tests {
             ..CreateOptions::new(Format::Qed, 20 << 20)
         };
         assert_eq!(
-            formatting_line("my2.qed", &options, Preallocation::Off),
+            formatting_line("my2.qed", &options, Preallocation::Off, None),
             "Formatting 'my2.qed', fmt=qed size=20971520 backing_file=master.img backing_fmt=raw cluster_size=131072 table_size=8"
         );
     }

@@ -13,15 +13,18 @@ use ring::Iov;
 /// Bytes copied at a time.
 const PART: u64 = 2 << 20;
 
+/// Largest block.
+const MAX_BLOCK: u64 = i32::MAX as u64;
+
 #[derive(clap::Args)]
 pub(crate) struct Args {
     #[command(flatten)]
     naming: Naming,
     /// Format of the source, instead of looking
-    #[arg(short, value_name = "FMT")]
+    #[arg(short, long = "format", value_name = "FMT")]
     format: Option<String>,
     /// Format of the new image
-    #[arg(short = 'O', value_name = "FMT", default_value = "raw")]
+    #[arg(short = 'O', long = "output-format", value_name = "FMT", default_value = "raw")]
     output_format: String,
     /// Somebody may be writing to the source
     #[arg(short = 'U', long)]
@@ -47,7 +50,13 @@ impl Operands {
             let (key, value) = word.split_once('=').ok_or_else(|| format!("unrecognized operand {word}"))?;
             let number = || size::parse(value).map_err(|_| format!("invalid number: '{value}'"));
             match key {
-                "bs" => operands.block = Some(number()?).filter(|bytes| *bytes > 0),
+                "bs" => {
+                    let bytes = number()?;
+                    if !(1..=MAX_BLOCK).contains(&bytes) {
+                        return Err(format!("Invalid bs specified. Must be between 1 and {MAX_BLOCK}."));
+                    }
+                    operands.block = Some(bytes);
+                }
                 "count" => operands.count = Some(number()?),
                 "skip" => operands.skip = number()?,
                 "if" => operands.input = Some(value.to_owned()),

@@ -5,8 +5,8 @@ use crate::images::{self, Look, Naming, Output, on_ring};
 use crate::size::human;
 use disk::chain::{Layer, Opener};
 use graph::Sources;
-use image::Snapshot;
 use image::qcow2::{Compression, Qcow2Info};
+use image::{Bitmap, Snapshot};
 use serde_json::{Map, Value, json};
 use std::os::unix::fs::MetadataExt;
 
@@ -21,7 +21,7 @@ pub(crate) struct Args {
     #[arg(short, long, value_name = "FMT")]
     format: Option<String>,
     /// Also what lies below, each image in turn
-    #[arg(long)]
+    #[arg(short, long)]
     backing_chain: bool,
     /// Even while somebody writes to it
     #[arg(short = 'U', long)]
@@ -42,7 +42,8 @@ pub(crate) fn run(args: &Args) -> Outcome {
         let mut described = Vec::new();
         for (depth, layer) in chain.iter().enumerate() {
             let snapshots = layer.image.snapshots().await.map_err(|error| error.to_string())?;
-            described.push(Described::of(layer, depth, &asked, snapshots));
+            let bitmaps = layer.image.bitmaps().await.map_err(|error| error.to_string())?;
+            described.push(Described { bitmaps, ..Described::of(layer, depth, &asked, snapshots) });
         }
         images::close(&chain).await?;
         Ok(described)
@@ -77,6 +78,7 @@ struct Described {
     warnings: Vec<String>,
     qcow2: Option<Qcow2Info>,
     snapshots: Vec<Snapshot>,
+    bitmaps: Vec<Bitmap>,
 }
 
 impl Described {
@@ -106,6 +108,7 @@ impl Described {
             warnings: info.warnings,
             qcow2: info.qcow2,
             snapshots,
+            bitmaps: Vec::new(),
             filename,
         }
     }
@@ -124,11 +127,11 @@ impl Described {
         if self.encrypted {
             line("encrypted: yes".into());
         }
-        if self.dirty {
-            line("cleanly shut down: no".into());
-        }
         if let Some(bytes) = self.cluster_size {
             line(format!("cluster_size: {bytes}"));
+        }
+        if self.dirty {
+            line("cleanly shut down: no".into());
         }
         if let Some((name, format, full)) = &self.backing {
             if name == full {
@@ -147,7 +150,7 @@ impl Described {
             line(super::snapshot::text(&self.snapshots).trim_end().to_owned());
         }
         if let Some(own) = self.qcow2 {
-            specific(own).into_iter().for_each(&mut line);
+            specific(own, &self.bitmaps).into_iter().for_each(&mut line);
         }
         line("Child node '/file':".into());
         let (name, protocol) = &self.place;
@@ -203,6 +206,10 @@ impl Described {
             data.insert("refcount-bits".into(), json!(own.refcount_bits));
             if own.version > 2 {
                 data.insert("lazy-refcounts".into(), json!(own.lazy_refcounts));
+                if !self.bitmaps.is_empty() {
+                    let bitmap = |bitmap: &Bitmap| json!({ "flags": flags(bitmap), "name": bitmap.name, "granularity": bitmap.granularity });
+                    data.insert("bitmaps".into(), self.bitmaps.iter().map(bitmap).collect());
+                }
                 data.insert("corrupt".into(), json!(own.corrupt));
                 data.insert("extended-l2".into(), json!(own.extended_l2));
             }
@@ -226,7 +233,7 @@ impl Described {
 }
 
 /// The lines that say what only QCOW2 has.
-pub(crate) fn specific(own: Qcow2Info) -> Vec<String> {
+pub(crate) fn specific(own: Qcow2Info, bitmaps: &[Bitmap]) -> Vec<String> {
     let mut lines = vec![
         "Format specific information:".to_owned(),
         format!("    compat: {}", compat(own)),
@@ -235,12 +242,25 @@ pub(crate) fn specific(own: Qcow2Info) -> Vec<String> {
     if own.version > 2 {
         lines.push(format!("    lazy refcounts: {}", own.lazy_refcounts));
     }
+    if !bitmaps.is_empty() {
+        lines.push("    bitmaps:".to_owned());
+    }
+    for (number, bitmap) in bitmaps.iter().enumerate() {
+        lines.push(format!("        [{number}]:\n            flags:"));
+        let flags = flags(bitmap).into_iter().enumerate();
+        lines.extend(flags.map(|(number, flag)| format!("                [{number}]: {flag}")));
+        lines.push(format!("            name: {}\n            granularity: {}", bitmap.name, bitmap.granularity));
+    }
     lines.push(format!("    refcount bits: {}", own.refcount_bits));
     if own.version > 2 {
         lines.push(format!("    corrupt: {}", own.corrupt));
         lines.push(format!("    extended l2: {}", own.extended_l2));
     }
     lines
+}
+
+fn flags(bitmap: &Bitmap) -> Vec<&'static str> {
+    [(bitmap.in_use, "in-use"), (bitmap.enabled, "auto")].iter().filter(|flag| flag.0).map(|flag| flag.1).collect()
 }
 
 fn compat(own: Qcow2Info) -> &'static str {
@@ -260,6 +280,8 @@ fn full_name(opener: &Sources, name: &str, referrer: &str) -> String {
     if plain || name.starts_with('/') {
         return name.to_owned();
     }
-    let joined = std::path::Path::new(referrer).with_file_name(name);
-    joined.to_str().map_or_else(|| opener.identify(name, Some(referrer)), str::to_owned)
+    match referrer.rsplit_once('/') {
+        Some((folder, _)) => format!("{folder}/{name}"),
+        None => opener.identify(name, Some(referrer)),
+    }
 }

@@ -1,6 +1,7 @@
 //! `headwater img`, which is also what the program is when it is called `qemu-img`: the same commands, flags, texts and exit codes.
 
 mod bench;
+mod bitmap;
 pub(crate) mod check;
 mod commit;
 mod compare;
@@ -11,6 +12,7 @@ mod dd;
 pub(crate) mod info;
 pub(crate) mod map;
 mod measure;
+mod option_help;
 mod rebase;
 mod resize;
 mod snapshot;
@@ -23,6 +25,8 @@ use clap::Subcommand;
 pub(crate) enum Command {
     /// Time equal requests
     Bench(bench::Args),
+    /// Change persistent bitmaps: which parts of a disk were written
+    Bitmap(bitmap::Args),
     /// Check an image's tables, and repair them if asked
     Check(check::Args),
     /// Write what an image holds into its backing file
@@ -52,6 +56,7 @@ pub(crate) enum Command {
 pub(crate) fn run(command: Command) -> Outcome {
     match command {
         Command::Bench(args) => bench::run(&args),
+        Command::Bitmap(args) => bitmap::run(&args),
         Command::Check(args) => check::run(&args),
         Command::Commit(args) => commit::run(&args),
         Command::Compare(args) => Ok(compare::run(&args)),

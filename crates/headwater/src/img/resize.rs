@@ -4,6 +4,7 @@ use crate::exit::{Exit, Outcome};
 use crate::images::{self, Look, Naming, on_ring};
 use crate::size;
 use disk::{Disk, DiskOptions};
+use image::Format;
 use std::rc::Rc;
 
 #[derive(clap::Args)]
@@ -11,13 +12,13 @@ pub(crate) struct Args {
     #[command(flatten)]
     naming: Naming,
     /// Format of the image, instead of looking
-    #[arg(short, value_name = "FMT")]
+    #[arg(short, long = "format", value_name = "FMT")]
     format: Option<String>,
     /// What is new is: off (a hole)
     #[arg(long, value_name = "MODE", default_value = "off")]
     preallocation: String,
     /// Print nothing
-    #[arg(short)]
+    #[arg(short, long = "quiet")]
     quiet: bool,
     /// Allow to lose what lies behind a smaller size
     #[arg(long)]
@@ -41,11 +42,20 @@ pub(crate) fn run(args: &Args) -> Outcome {
 }
 
 async fn resize(args: &Args) -> Result<(), String> {
-    let chain = images::open(&args.file, &Look { writable: true, ..args.naming.look(args.format.as_deref())? }).await?;
+    let chain =
+        images::open(&args.file, &Look { writable: true, no_guest: true, ..args.naming.look(args.format.as_deref())? })
+            .await?;
     let image = Rc::clone(&chain[0].image);
     let disk = Disk::new(&args.file, chain, DiskOptions::default());
     let old = disk.size();
     let resized = async {
+        let bitmaps = image.bitmaps().await.map_err(|error| error.to_string())?;
+        if let Some(bitmap) = bitmaps.iter().find(|bitmap| bitmap.in_use) {
+            return Err(format!(
+                "Bitmap '{}' is inconsistent and cannot be used\nTry 'bitmap --remove' to delete it",
+                bitmap.name
+            ));
+        }
         let (sign, number) = match args.size.as_bytes().first() {
             Some(b'+') => (1, &args.size[1..]),
             Some(b'-') => (-1, &args.size[1..]),
@@ -57,7 +67,11 @@ async fn resize(args: &Args) -> Result<(), String> {
             -1 => old.checked_sub(number).filter(|size| *size > 0),
             _ => Some(number).filter(|size| *size > 0),
         };
-        let wanted = wanted.ok_or("New image size must be positive")?.next_multiple_of(512);
+        let wanted = wanted.ok_or("New image size must be positive")?;
+        if image.format() != Format::Raw && !wanted.is_multiple_of(512) {
+            return Err("The new size must be a multiple of 512".to_owned());
+        }
+        let wanted = wanted.next_multiple_of(512);
         if wanted >= old {
             return disk.resize(wanted).await.map_err(|error| error.to_string());
         }

@@ -7,12 +7,15 @@ mod session;
 
 use crate::exit::{Exit, Outcome};
 use crate::images::{Look, Naming, on_ring};
+use crate::nbd::overlay;
 use crate::tool;
 use disk::DiskOptions;
+use image::Format;
 use session::Session;
 use std::io::{BufRead, IsTerminal, Write};
 
 #[derive(clap::Args)]
+#[expect(clippy::struct_excessive_bools, reason = "a command line is made of switches")]
 pub(crate) struct Args {
     #[command(flatten)]
     naming: Naming,
@@ -25,6 +28,9 @@ pub(crate) struct Args {
     /// Write nothing
     #[arg(short, long)]
     read_only: bool,
+    /// What is written goes to a temporary file and is lost at the end
+    #[arg(short, long)]
+    snapshot: bool,
     /// Past the page cache
     #[arg(short, long)]
     nocache: bool,
@@ -63,9 +69,17 @@ pub(crate) fn run(args: &Args) -> Outcome {
     };
     let write_through = ["writethrough", "directsync"].contains(&cache);
     let options = DiskOptions { copy_on_read: args.copy_on_read, write_through, discard };
+    let temporary = match &args.file {
+        Some(file) if args.snapshot => Some(overlay(&args.naming.name(file)?, &look)?),
+        _ => None,
+    };
+    let look = match &temporary {
+        Some(_) => Look { format: Some(Format::Qcow2), image_opts: false, ..look },
+        None => look,
+    };
     let good = on_ring(async {
         let mut session = Session::new(look, options);
-        if let Some(file) = &args.file {
+        if let Some(file) = temporary.as_ref().map(|(_, file)| file).or(args.file.as_ref()) {
             session.open(file).await?;
         }
         let good =

@@ -110,19 +110,21 @@ impl Session {
             "reopen" => return self.reopen(words).await,
             "read" | "r" | "readv" => {
                 let request = Request::parse(name, words, "abCqrvplsP", name == "readv")?;
-                return Ok(read(Rc::clone(self.disk()?), request).await);
+                return Ok(read(Rc::clone(self.disk()?), request, if name == "readv" { "readv" } else { "read" }).await);
             }
             "write" | "w" | "writev" => {
                 let request = Request::parse(name, words, "bcCfnpqrsuzP", name == "writev")?;
-                return Ok(write(Rc::clone(self.disk()?), request).await);
+                return Ok(
+                    write(Rc::clone(self.disk()?), request, if name == "writev" { "writev" } else { "write" }).await
+                );
             }
             "aio_read" => {
                 let request = Request::parse(name, words, "CqrvP", true)?;
-                self.under_way.push(ring::spawn(read(Rc::clone(self.disk()?), request)));
+                self.under_way.push(ring::spawn(read(Rc::clone(self.disk()?), request, "readv")));
             }
             "aio_write" => {
                 let request = Request::parse(name, words, "CfqruzP", true)?;
-                self.under_way.push(ring::spawn(write(Rc::clone(self.disk()?), request)));
+                self.under_way.push(ring::spawn(write(Rc::clone(self.disk()?), request, "aio_write")));
             }
             "aio_flush" => {
                 let good = self.wait().await;
@@ -227,7 +229,7 @@ impl Session {
             println!("cluster size: {}", with_unit(bytes as f64));
         }
         if let Some(own) = info.qcow2 {
-            println!("{}", crate::img::info::specific(own).join("\n"));
+            println!("{}", crate::img::info::specific(own, &[]).join("\n"));
         }
         Ok(())
     }
@@ -294,18 +296,18 @@ fn reason(error: &disk::Error) -> String {
     named.split(" (os error").next().unwrap_or_default().to_owned()
 }
 
-async fn read(disk: Rc<Disk>, request: Request) -> bool {
+async fn read(disk: Rc<Disk>, request: Request, command: &'static str) -> bool {
     let began = Instant::now();
     let bytes = Iov::alloc(request.len as usize);
     bytes.fill(STALE);
     // Past its end there is nothing to read, as the system would say.
     let past_end = request.at.saturating_add(request.len) > disk.size();
     if past_end {
-        println!("read failed: Input/output error");
+        println!("{command} failed: Input/output error");
         return false;
     }
     if let Err(error) = disk.read(GuestOffset(request.at), bytes.clone()).await {
-        println!("read failed: {}", reason(&error));
+        println!("{command} failed: {}", reason(&error));
         return false;
     }
     let took = began.elapsed();
@@ -335,7 +337,7 @@ fn dump(bytes: &[u8], at: u64) {
     }
 }
 
-async fn write(disk: Rc<Disk>, request: Request) -> bool {
+async fn write(disk: Rc<Disk>, request: Request, command: &'static str) -> bool {
     if disk.read_only() {
         tool::complain("Block node is read-only");
         return false;
@@ -343,7 +345,7 @@ async fn write(disk: Rc<Disk>, request: Request) -> bool {
     let began = Instant::now();
     let (at, len) = (GuestOffset(request.at), request.len);
     let done = if request.at.saturating_add(len) > disk.size() {
-        println!("write failed: Input/output error");
+        println!("{command} failed: Input/output error");
         return false;
     } else if request.zero {
         disk.write_zeroes(at.range(len), request.unmap, request.fua).await
@@ -358,7 +360,7 @@ async fn write(disk: Rc<Disk>, request: Request) -> bool {
         }
     };
     if let Err(error) = done {
-        println!("write failed: {}", reason(&error));
+        println!("{command} failed: {}", reason(&error));
         return false;
     }
     report("wrote", &request, began.elapsed());
@@ -398,6 +400,14 @@ async fn pack(disk: &Rc<Disk>, at: GuestOffset, bytes: Iov) -> disk::Result<()> 
 }
 
 async fn discard(disk: &Rc<Disk>, request: &Request) -> bool {
+    if disk.read_only() {
+        tool::complain("Block node is read-only");
+        return false;
+    }
+    if request.at.saturating_add(request.len) > disk.size() {
+        println!("discard failed: Input/output error");
+        return false;
+    }
     let began = Instant::now();
     match disk.discard(GuestOffset(request.at).range(request.len)).await {
         Ok(()) => {

@@ -41,6 +41,9 @@ pub(crate) struct Args {
     /// What is written goes to a temporary file and is lost at the end
     #[arg(short, long)]
     snapshot: bool,
+    /// The disk as it was in this internal snapshot: its id, its name, or snapshot.id=ID,snapshot.name=NAME
+    #[arg(short, long, value_name = "SNAPSHOT")]
+    load_snapshot: Option<String>,
     /// Past the page cache
     #[arg(short, long)]
     nocache: bool,
@@ -89,6 +92,9 @@ pub(crate) fn run(args: &Args) -> Outcome {
     let Some(file) = &args.file else {
         return Err(format!("No image file was named; see '{} --help'", tool::name()));
     };
+    if args.snapshot && args.load_snapshot.is_some() {
+        return Err("-s writes over the present state, so it does not go with -l".into());
+    }
     let look = args.naming.look(args.format.as_deref())?;
     let format = look.format;
     let named = args.naming.name(file)?;
@@ -105,7 +111,8 @@ pub(crate) fn run(args: &Args) -> Outcome {
         format: if args.snapshot { Some(Format::Qcow2) } else { format },
         cache,
         description: args.description.clone(),
-        read_only: args.read_only,
+        read_only: args.read_only || args.load_snapshot.is_some(),
+        snapshot: args.load_snapshot.clone(),
         copy_on_read: false,
         source: Ailments::default(),
     };
@@ -169,12 +176,12 @@ async fn serve(args: &Args, spec: DiskSpec, address: Address) -> Result<(), Stri
 }
 
 /// An empty image over `file`, which goes away with the folder.
-fn overlay(file: &str, look: &Look) -> Result<(tempfile::TempDir, String), String> {
+pub(crate) fn overlay(file: &str, look: &Look) -> Result<(tempfile::TempDir, String), String> {
     let dir = tempfile::tempdir().map_err(|error| error.to_string())?;
     let place = dir.path().join("snapshot.qcow2").to_string_lossy().into_owned();
     let absolute = images::sources(look).identify(file, None);
     images::on_ring(async {
-        let chain = images::open(file, &Look { image_opts: false, ..look.clone() }).await?;
+        let chain = images::open(file, &Look { image_opts: false, writable: false, ..look.clone() }).await?;
         let (size, format) = (chain[0].image.size(), chain[0].image.format());
         images::close(&chain).await?;
         let backing = BackingRef { name: absolute, format: Some(format) };

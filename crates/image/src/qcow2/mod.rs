@@ -5,7 +5,8 @@
 //! * `allocate`: reservations; `refcount`: which clusters are in use, and by how many;
 //! * `commit`: what was linked becomes durable;
 //! * `header`: size, backing reference, where the tables are;
-//! * `snapshot`: internal snapshots; `bitmaps`: persistent bitmaps, which are not kept up, and say so;
+//! * `snapshot`: internal snapshots; `load_snapshot`: showing one; `bitmaps`, `bitmap_actions`: persistent bitmaps, which are not kept up while a guest writes, and
+//!   say so;
 //! * `check`, with `references`, `counts` and `flags`, and `repair`: consistency of what is on disk.
 //!
 //! All the kinds of clusters there are: plain, zero, packed (deflate and zstd), with subclusters, shared with internal snapshots.
@@ -31,6 +32,7 @@
 //!   unpacked clusters.
 
 mod allocate;
+mod bitmap_actions;
 mod bitmaps;
 mod check;
 mod commit;
@@ -38,6 +40,7 @@ mod counts;
 mod create;
 mod flags;
 mod header;
+mod load_snapshot;
 mod open;
 mod pack;
 mod preallocate;
@@ -55,6 +58,7 @@ pub use layout::qcow2::Compression;
 pub(crate) use open::open;
 pub use open::open_with_table_memory;
 
+use crate::bitmap::{Bitmap, BitmapAction, Bits};
 use crate::commits::Commits;
 use crate::create::Preallocation;
 use crate::health::Health;
@@ -298,6 +302,19 @@ impl Image for Qcow2Image {
     fn snapshot(&self, action: SnapshotAction) -> ImageFuture<'_, ()> {
         let core = self.core.clone();
         Box::pin(ring::spawn(async move { core.snapshot(action).await }))
+    }
+
+    fn bitmaps(&self) -> ImageFuture<'_, Vec<Bitmap>> {
+        Box::pin(self.core.bitmaps())
+    }
+
+    fn bitmap_bits<'a>(&'a self, name: &'a str) -> ImageFuture<'a, Bits> {
+        Box::pin(self.core.bitmap_bits(name))
+    }
+
+    fn bitmap(&self, action: BitmapAction) -> ImageFuture<'_, ()> {
+        let core = self.core.clone();
+        Box::pin(ring::spawn(async move { core.bitmap(action).await }))
     }
 
     fn poisoned(&self) -> Option<Error> {

@@ -11,7 +11,7 @@ use crate::room::Room;
 use crate::slices::{CACHE_BYTES, Shelf, SliceCache};
 use crate::space::Space;
 use crate::tables::Tables;
-use crate::{BackingRef, Error, ErrorKind, Format, Image, OpenOptions, Result};
+use crate::{BackingRef, Error, ErrorKind, Format, Image, OpenOptions, Result, Surroundings};
 use layout::qcow2::{self, AUTOCLEAR_BITMAPS, ErrorKind as HeaderErrorKind, Extensions, Features, Header};
 use layout::{HostOffset, HostRange};
 use ring::Iov;
@@ -31,21 +31,21 @@ const READ_BYTES: usize = 1 << 20;
 pub(crate) async fn open(
     store: Rc<dyn Store>,
     options: OpenOptions,
-    passphrase: Option<&[u8]>,
+    surroundings: Surroundings<'_>,
 ) -> Result<Rc<dyn Image>> {
-    open_whole(store, options, CACHE_BYTES, passphrase).await
+    open_with(store, options, surroundings, CACHE_BYTES).await
 }
 
 /// Opens the QCOW2 image in `store` with a stated budget for L2 tables in memory, in bytes. [`crate::open()`] takes 32 MiB.
 pub async fn open_with_table_memory(store: Rc<dyn Store>, options: OpenOptions, bytes: usize) -> Result<Rc<dyn Image>> {
-    open_whole(store, options, bytes, None).await
+    open_with(store, options, Surroundings::default(), bytes).await
 }
 
-async fn open_whole(
+async fn open_with(
     store: Rc<dyn Store>,
     options: OpenOptions,
+    surroundings: Surroundings<'_>,
     bytes: usize,
-    passphrase: Option<&[u8]>,
 ) -> Result<Rc<dyn Image>> {
     let limits = store.limits();
     if limits.read_only && !options.read_only {
@@ -69,7 +69,7 @@ async fn open_whole(
     let zone = HeaderZone::read(&*store, &header).await?;
     let backing = read_backing(&*store, &header).await?;
     let l1 = read_l1(&*store, &header).await?;
-    let payload = payload(&store, &header, passphrase).await?;
+    let payload = payload(&store, &header, surroundings.passphrase).await?;
     let unpinned = Rc::new(Event::new());
     let cluster = header.cluster_size();
     let length = store.size().next_multiple_of(cluster);
@@ -96,8 +96,11 @@ async fn open_whole(
         header: Cell::new(header),
         store,
     });
+    if let Some(snapshot) = surroundings.snapshot {
+        core.show_snapshot(snapshot).await?;
+    }
     if !options.read_only {
-        core.prepare_to_write().await?;
+        core.prepare_to_write(surroundings.no_guest).await?;
     }
     Ok(Rc::new(Qcow2Image { core }))
 }
@@ -129,7 +132,7 @@ pub(super) async fn encryption_header(store: &dyn Store, header: &Header) -> Res
 impl Core {
     /// What a writer must do before anything else: repair what was left dirty, clear features it does not keep up, find out
     /// what is free.
-    async fn prepare_to_write(self: &Rc<Self>) -> Result<()> {
+    async fn prepare_to_write(self: &Rc<Self>, no_guest: bool) -> Result<()> {
         let header = self.header.get();
         let table = self.read_refcount_table(&header).await?;
         *self.refcounts.borrow_mut() = Refcounts::new(table);
@@ -139,8 +142,13 @@ impl Core {
         if header.features.contains(Features::DIRTY) {
             self.recover().await?;
         }
-        let header = self.header.get();
-        let keeps_bitmaps = self.suspend_bitmaps().await?;
+        // What could not be read would count as free, and be written over.
+        let (header, length) = (self.header.get(), self.store.size().next_multiple_of(header.cluster_size()));
+        if header.refcount_table.get() + header.refcount_table_bytes() > length {
+            let what = "the refcount table lies past the end of the file; check and repair the image ('check -r all')";
+            return Err(self.health.error(ErrorKind::Corrupt, Some(header.refcount_table), what));
+        }
+        let keeps_bitmaps = no_guest || self.suspend_bitmaps().await?;
         let autoclear_features = header.autoclear_features & if keeps_bitmaps { AUTOCLEAR_BITMAPS } else { 0 };
         if header.autoclear_features != autoclear_features {
             let mut zone = self.zone.lock().await;

@@ -17,7 +17,9 @@ impl Core {
         self.commit().await?;
         let mut zone = self.zone.lock().await;
         let header = self.header.get();
-        self.publish_header(&mut zone, Header { size, ..header }).await?;
+        if !self.resize_bitmaps(&mut zone, size).await? {
+            self.publish_header(&mut zone, Header { size, ..header }).await?;
+        }
         drop(zone);
         self.unlink_from(GuestOffset(size).align_up(header.cluster_size())).await?;
         self.settle().await

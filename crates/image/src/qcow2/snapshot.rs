@@ -30,7 +30,7 @@ impl Ranges {
     }
 }
 
-fn bytes_of(entries: &[u64]) -> Iov {
+pub(super) fn bytes_of(entries: &[u64]) -> Iov {
     Iov::from_slice(&entries.iter().flat_map(|entry| entry.to_be_bytes()).collect::<Vec<u8>>())
 }
 
@@ -78,6 +78,11 @@ impl Core {
             SnapshotAction::Apply(_) => self.apply_snapshot(&mut zone, &all[found]).await,
             SnapshotAction::Delete(_) => self.delete_snapshot(&mut zone, all, found).await,
         };
+        if done.as_ref().is_err_and(|error| error.kind() == ErrorKind::Unsupported) {
+            // What cannot be counted was told before anything was changed.
+            self.mark_dirty(&mut zone, false).await?;
+            return done;
+        }
         // For want of space nothing was changed but counts, which the mark sees to.
         done.map_err(|error| if error.is_no_space() { error } else { self.health.fail(error) })?;
         self.health.barrier().await?;
@@ -133,7 +138,7 @@ impl Core {
     }
 
     /// Takes room for `bytes` of tables, counted.
-    async fn room_for(&self, bytes: u64) -> Result<HostRange> {
+    pub(super) async fn room_for(&self, bytes: u64) -> Result<HostRange> {
         if bytes == 0 {
             return Ok(HostRange::default());
         }
@@ -254,7 +259,7 @@ impl Core {
         self.set_flags(&self.active_l1(), |count| count == 1).await
     }
 
-    async fn snapshot_l1(&self, snapshot: &Snapshot) -> Result<Vec<u64>> {
+    pub(super) async fn snapshot_l1(&self, snapshot: &Snapshot) -> Result<Vec<u64>> {
         let Some(range) = snapshot.l1_range(&self.header.get()) else {
             let what = format!("snapshot '{}' has no place for its tables; check the image", snapshot.name);
             return Err(self.health.error(ErrorKind::Corrupt, Some(snapshot.l1_table), what));

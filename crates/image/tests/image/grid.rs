@@ -100,7 +100,7 @@ fn images_read_as_the_reference_reads_them() {
             let store = MemoryStore::from_bytes("a", &sound).read_only();
             assert_eq!(image::probe::probe(&*store).await.unwrap(), wanted, "{format} {options}");
             let files = Folder(folder.to_owned());
-            let surroundings = Surroundings { companions: &files, passphrase: None };
+            let surroundings = Surroundings { companions: &files, ..Surroundings::default() };
             let image = image::open_in(store.clone(), wanted, READ_ONLY, surroundings).await.unwrap();
             assert_eq!(image.size(), expected.len() as u64, "{format} {options}");
             let guest = Guest::new(image, &[]);
@@ -124,7 +124,7 @@ fn images_read_as_the_reference_reads_them() {
             in_sim(async {
                 let store = MemoryStore::from_bytes("ours", &bytes).read_only();
                 let files = Folder(folder.to_owned());
-                let surroundings = Surroundings { companions: &files, passphrase: None };
+                let surroundings = Surroundings { companions: &files, ..Surroundings::default() };
                 let image = match image::open_in(store, wanted, READ_ONLY, surroundings).await {
                     Ok(image) => image,
                     Err(error) => {
@@ -191,7 +191,7 @@ fn a_descriptor_names_no_files_of_other_folders() {
         let error = in_sim(async {
             let store = MemoryStore::from_bytes("ours", text.as_bytes()).read_only();
             let files = Folder(PathBuf::from("/"));
-            let surroundings = Surroundings { companions: &files, passphrase: None };
+            let surroundings = Surroundings { companions: &files, ..Surroundings::default() };
             image::open_in(store, Format::Vmdk, READ_ONLY, surroundings).await.map(drop).unwrap_err()
         });
         assert!(error.to_string().contains("another folder"), "{error}");

@@ -3,7 +3,7 @@
 use crate::guest::Guest;
 use crate::reference::{lab, ok, tool};
 use image::create::CreateOptions;
-use image::{ErrorKind, Format, Image, NoCompanions, OpenOptions, Passphrase, Repair, Surroundings, qcow2};
+use image::{ErrorKind, Format, Image, OpenOptions, Passphrase, Repair, Surroundings, qcow2};
 use layout::{GuestOffset, GuestRange};
 use ring::sim::Sim;
 use std::path::Path;
@@ -24,7 +24,7 @@ async fn open(
     read_only: bool,
     secret: Option<&[u8]>,
 ) -> image::Result<Rc<dyn Image>> {
-    let surroundings = Surroundings { companions: &NoCompanions, passphrase: secret };
+    let surroundings = Surroundings { passphrase: secret, ..Surroundings::default() };
     image::open_in(store, format, OpenOptions { read_only, for_check: false }, surroundings).await
 }
 

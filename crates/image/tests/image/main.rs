@@ -4,6 +4,7 @@
 extern crate headwater_image as image;
 
 mod basics;
+mod bitmaps;
 mod crash;
 mod faults;
 mod files;

@@ -214,7 +214,7 @@ impl Header {
             return fail("refcount_table_clusters", 56, self.refcount_table_clusters.into(), why);
         }
         let at = self.refcount_table.get();
-        if !self.refcount_table.is_aligned(self.cluster_size()) || at.checked_add(MAX_REFCOUNT_TABLE_BYTES).is_none() {
+        if !self.refcount_table.is_aligned(self.cluster_size()) || at > i64::MAX as u64 - MAX_REFCOUNT_TABLE_BYTES {
             return fail("refcount_table_offset", 48, at, "no place for a table");
         }
         if self.snapshots > MAX_SNAPSHOTS {

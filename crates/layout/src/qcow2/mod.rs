@@ -20,4 +20,6 @@ pub use header::{
     AUTOCLEAR_BITMAPS, COMPATIBLE_LAZY_REFCOUNTS, CRYPT_LUKS, Compression, Extension, Extensions, Features, Header,
     MAGIC, MAX_BACKING_NAME,
 };
-pub use table::{COPIED, EntryError, L1Entry, L2Entry, OFFSET, Packed, Slice, SubclusterMap, is_own};
+pub use table::{
+    COPIED, EntryError, L1_RESERVED, L1Entry, L2_RESERVED, L2Entry, OFFSET, Packed, Slice, SubclusterMap, is_own,
+};

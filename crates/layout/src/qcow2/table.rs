@@ -7,6 +7,12 @@ use crate::{HostOffset, HostRange};
 
 /// Bits of an entry that hold an offset into the file.
 pub const OFFSET: u64 = 0x00ff_ffff_ffff_fe00;
+
+/// Bits of an L1 entry that mean nothing, and are 0.
+pub const L1_RESERVED: u64 = 0x7f00_0000_0000_01ff;
+
+/// Bits of an L2 entry, of a cluster that is not packed, that mean nothing, and are 0.
+pub const L2_RESERVED: u64 = 0x3f00_0000_0000_01fe;
 /// The table or cluster is referred to by this entry alone: it may be changed where it is.
 pub const COPIED: u64 = 1 << 63;
 /// The cluster is packed.
