@@ -299,6 +299,16 @@ impl Header {
         Ok(())
     }
 
+    /// Guest data are in a file of their own, every cluster where the guest sees it.
+    pub fn has_data_file(&self) -> bool {
+        self.features.contains(Features::EXTERNAL_DATA)
+    }
+
+    /// That file is a raw image by itself, at any time.
+    pub fn data_file_is_raw(&self) -> bool {
+        self.has_data_file() && self.autoclear_features & AUTOCLEAR_DATA_FILE_RAW != 0
+    }
+
     /// Bytes in a cluster.
     pub fn cluster_size(&self) -> u64 {
         1 << self.cluster_bits
@@ -352,6 +362,8 @@ impl Extension {
     pub const BACKING_FORMAT: u32 = 0xe279_2aca;
     /// Names of feature bits, for messages.
     pub const FEATURE_NAMES: u32 = 0x6803_f857;
+    /// The name of the data file.
+    pub const DATA_FILE: u32 = 0x4441_5441;
     /// Where bitmaps are.
     pub const BITMAPS: u32 = 0x2385_2875;
     /// Where the header of the encryption is: offset and length, 64 bits each.
