@@ -225,7 +225,7 @@ async fn open_layers(opener: &dyn Opener, name: &str, options: &ChainOptions, la
         if options.layers.is_some_and(|most| layers.len() >= most) {
             return Ok(());
         }
-        let referrer = above.store().name();
+        let referrer = above.file().name();
         let refuse = |what: String| Error::new(ErrorKind::Chain, referrer, None, what);
         if backing.format.is_none() && !named && !above.may_probe_backing() {
             return Err(refuse(format!(

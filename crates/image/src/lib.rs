@@ -122,6 +122,18 @@ pub trait Image: 'static {
     /// Where its bytes are. Payload goes there directly.
     fn store(&self) -> &Rc<dyn Store>;
 
+    /// The file that is the image: what its name is, and what other names are relative to. Where the guest's data are in a file of
+    /// their own, this is the other one.
+    fn file(&self) -> &Rc<dyn Store> {
+        self.store()
+    }
+
+    /// Whether a cluster's place in [`Image::store`] follows from where the guest sees it. Then a reservation is nobody's alone:
+    /// whoever writes to its place holds the guest's range against every other writer, until it is linked or dropped.
+    fn has_fixed_places(&self) -> bool {
+        false
+    }
+
     /// The size the guest sees, in bytes.
     fn size(&self) -> u64;
 

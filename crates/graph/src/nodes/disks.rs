@@ -84,7 +84,7 @@ impl Graph {
     /// The images from `node` down.
     async fn chain(&self, node: &Rc<GraphNode>) -> Result<Vec<Layer>> {
         let image = self.image_of(node).await?;
-        let name = image.store().name().to_owned();
+        let name = image.file().name().to_owned();
         let mut layers = vec![Layer { lent: true, ..Layer::new(&node.name, name, image) }];
         // What only headers name, right below, is the disk's own; what a user made a node of is not.
         let (mut at, mut own) = (Rc::clone(node), true);
@@ -92,7 +92,7 @@ impl Graph {
             own &= below.implicit;
             let image = self.image_of(&below).await?;
             let said = layers.last().and_then(|above| above.image.backing()).map(|backing| backing.name);
-            let name = said.unwrap_or_else(|| image.store().name().to_owned());
+            let name = said.unwrap_or_else(|| image.file().name().to_owned());
             layers.push(Layer { lent: !own, ..Layer::new(&below.name, name, image) });
             at = below;
         }

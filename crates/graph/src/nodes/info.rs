@@ -38,7 +38,7 @@ fn actual_size(name: &str) -> Option<u64> {
 
 /// QEMU's `ImageInfo` of an image.
 pub(super) fn image_info(image: &dyn Image) -> Value {
-    let store = image.store();
+    let store = image.file();
     let info = image.info();
     let mut shown = Map::new();
     shown.insert("virtual-size".into(), json!(image.size()));
@@ -101,10 +101,10 @@ impl Graph {
         let store = node.store.borrow().clone().or_else(|| holder.map(|image| Rc::clone(image.store())));
         let (file, size, shown) = match (&node.meaning, image, store) {
             (Node::Format { .. }, Some(image), _) => {
-                (image.store().name().to_owned(), image.size(), image_info(&*image))
+                (image.file().name().to_owned(), image.size(), image_info(&*image))
             }
             // An image that only a header names.
-            (_, Some(image), None) => (image.store().name().to_owned(), image.size(), image_info(&*image)),
+            (_, Some(image), None) => (image.file().name().to_owned(), image.size(), image_info(&*image)),
             (_, _, Some(store)) => {
                 let mut shown = Map::new();
                 let size = store.size();
@@ -139,7 +139,7 @@ impl Graph {
             size,
             backing: node.child("backing").and_then(|below| {
                 let image = below.image.borrow().clone();
-                image.map(|image| image.store().name().to_owned())
+                image.map(|image| image.file().name().to_owned())
             }),
             image: shown,
         }

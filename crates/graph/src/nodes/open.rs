@@ -143,7 +143,7 @@ impl Graph {
     pub(super) async fn attach_header(&self, node: &Rc<GraphNode>) -> Result<()> {
         let Some(image) = node.image.borrow().clone() else { return Ok(()) };
         let Some(backing) = image.backing() else { return Ok(()) };
-        let referrer = image.store().name().to_owned();
+        let referrer = image.file().name().to_owned();
         let refuse = |what: String| Error::new(ErrorKind::Chain, &referrer, None, what);
         if backing.format.is_none() && !image.may_probe_backing() {
             let what = format!(
@@ -217,7 +217,7 @@ fn forget(node: &GraphNode) {
 fn implicit_image(layer: Layer) -> (Rc<GraphNode>, Rc<GraphNode>) {
     let Layer { node: name, image, .. } = layer;
     let how = How { read_only: Some(true), ..How::default() };
-    let meaning = Node::File { path: image.store().name().into(), how };
+    let meaning = Node::File { path: image.file().name().into(), how };
     let node = |name: String, driver: &str, edges: Vec<Edge>, image: Option<Rc<dyn Image>>| {
         Rc::new(GraphNode {
             name,
@@ -235,7 +235,7 @@ fn implicit_image(layer: Layer) -> (Rc<GraphNode>, Rc<GraphNode>) {
         })
     };
     // It has nothing open of its own: what lies in it does.
-    let file = node(new_node_name(), image.store().protocol(), Vec::new(), None);
+    let file = node(new_node_name(), image.file().protocol(), Vec::new(), None);
     let edges = vec![Edge { role: "file", node: Rc::clone(&file) }];
     let driver = image.format().name();
     (file, node(name, driver, edges, Some(image)))

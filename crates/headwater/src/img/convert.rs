@@ -206,6 +206,10 @@ async fn into(
         if wanted.backing.is_some() && wanted.preallocation != Preallocation::Off {
             return Err("Backing file and preallocation cannot be used at the same time".into());
         }
+        if wanted.data_file.is_some() {
+            let what = "'data_file' is an option of 'create'; make the image first, then 'convert -n' into it";
+            return Err(what.into());
+        }
         let size = wanted.size.unwrap_or(len);
         len = len.min(size);
         let backing = match (&wanted.backing, &wanted.backing_format) {

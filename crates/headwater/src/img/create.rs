@@ -30,7 +30,7 @@ pub(crate) struct Args {
     #[arg(short = 'F', long, value_name = "FMT")]
     backing_format: Option<String>,
     /// Options as key=value, separated by commas: size, backing_file, backing_fmt, cluster_size; qed: table_size; qcow2: compat,
-    /// refcount_bits, lazy_refcounts, extended_l2, compression_type
+    /// refcount_bits, lazy_refcounts, extended_l2, compression_type, data_file, data_file_raw, encrypt.*
     #[arg(short, long = "options", value_name = "OPTIONS")]
     options: Vec<String>,
     /// Something that options refer to: secret,id=…
@@ -58,6 +58,9 @@ pub(crate) struct Wanted {
     pub(crate) cluster_size: Option<u64>,
     pub(crate) table_size: Option<u32>,
     pub(crate) qcow2: qcow2::Options,
+    /// QCOW2: name of its data file, and whether that is to be raw.
+    pub(crate) data_file: Option<String>,
+    pub(crate) data_file_raw: bool,
     pub(crate) preallocation: Preallocation,
     /// Which secret unlocks it.
     pub(crate) key_secret: Option<String>,
@@ -105,6 +108,9 @@ fn gather(args: &Args, format: Format) -> Result<Wanted, String> {
     if wanted.backing.is_some() && wanted.preallocation != Preallocation::Off {
         return Err("Backing file and preallocation cannot be used at the same time".into());
     }
+    if wanted.data_file_raw && wanted.data_file.is_none() {
+        return Err("data-file-raw requires data-file".into());
+    }
     if format == Format::Raw && wanted.backing.is_some() {
         return Err("Backing file not supported for file format 'raw'".into());
     }
@@ -148,6 +154,8 @@ impl Wanted {
                     wanted.compat = Some(value.to_owned());
                     qcow2_option(&mut wanted.qcow2, key, value)?;
                 }
+                ("data_file", Format::Qcow2) => wanted.data_file = Some(value.to_owned()),
+                ("data_file_raw", Format::Qcow2) => wanted.data_file_raw = switch(key, value)?,
                 (_, Format::Qcow2) => qcow2_option(&mut wanted.qcow2, key, value)?,
                 _ => return Err(format!("Invalid parameter '{key}'")),
             }
@@ -179,14 +187,19 @@ pub(crate) fn preallocation(value: &str) -> Result<Preallocation, String> {
     }
 }
 
-/// An option that only QCOW2 has.
-fn qcow2_option(options: &mut qcow2::Options, key: &str, value: &str) -> Result<(), String> {
-    let invalid = || format!("Invalid value '{value}' for parameter '{key}'");
-    let on = || match value {
+/// On or off, as users write it.
+fn switch(key: &str, value: &str) -> Result<bool, String> {
+    match value {
         "on" | "yes" | "true" | "y" => Ok(true),
         "off" | "no" | "false" | "n" => Ok(false),
         _ => Err(format!("Parameter '{key}' expects 'on' or 'off'")),
-    };
+    }
+}
+
+/// An option that only QCOW2 has.
+fn qcow2_option(options: &mut qcow2::Options, key: &str, value: &str) -> Result<(), String> {
+    let invalid = || format!("Invalid value '{value}' for parameter '{key}'");
+    let on = || switch(key, value);
     match key {
         "compat" => {
             options.version = match value {
@@ -281,17 +294,27 @@ async fn make(args: &Args, format: Format, wanted: Wanted, guess: Guess) -> Resu
         passphrase: passphrase(wanted.key_secret.as_deref(), &objects).map_err(|e| format!("{file}: {e}"))?,
         iteration_time: wanted.iteration_time,
     };
-    let preallocation = wanted.preallocation;
+    let data_file = wanted.data_file.map(|name| qcow2::DataFile { name, raw: wanted.data_file_raw });
+    // A raw data file says what every cluster is: so each one has its place from the start.
+    let raw = data_file.as_ref().is_some_and(|file| file.raw);
+    let preallocation = match wanted.preallocation {
+        Preallocation::Off if raw => Preallocation::Metadata,
+        how => how,
+    };
     let unlocking = wanted.key_secret.as_deref().map(|id| (id, &objects));
     if !args.quiet {
-        println!("{}", formatting_line(file, &options, preallocation, wanted.compat.as_deref()));
+        let line = formatting_line(file, &options, data_file.as_ref(), wanted.preallocation, wanted.compat.as_deref());
+        println!("{line}");
     }
     for warning in validate(&options).map_err(|e| format!("{file}: {e}"))? {
         if !args.quiet {
             tool::complain(&format!("warning: {warning}"));
         }
     }
-    write(file, &options).await?;
+    match &data_file {
+        Some(data) => super::data_file::create(file, &options, data).await?,
+        None => write(file, &options).await?,
+    }
     preallocate(file, format, preallocation, unlocking).await
 }
 
@@ -361,7 +384,13 @@ pub(crate) async fn write(file: &str, options: &CreateOptions) -> Result<(), Str
     closed.map_err(|e| format!("{file}: {e}"))
 }
 
-fn formatting_line(file: &str, options: &CreateOptions, preallocation: Preallocation, compat: Option<&str>) -> String {
+fn formatting_line(
+    file: &str,
+    options: &CreateOptions,
+    data_file: Option<&qcow2::DataFile>,
+    preallocation: Preallocation,
+    compat: Option<&str>,
+) -> String {
     use std::fmt::Write;
     let mut line = format!("Formatting '{file}', fmt={} size={}", options.format, options.size);
     if let Some(backing) = &options.backing {
@@ -371,7 +400,7 @@ fn formatting_line(file: &str, options: &CreateOptions, preallocation: Prealloca
         }
     }
     if options.format == Format::Qcow2 {
-        return qcow2_line(file, options, preallocation, compat);
+        return qcow2_line(file, options, data_file, preallocation, compat);
     }
     if options.format == Format::Qed {
         let _ = write!(line, " cluster_size={}", options.cluster_size.unwrap_or(65536));
@@ -394,7 +423,13 @@ fn preallocation_word(how: Preallocation) -> &'static str {
 }
 
 /// The same for QCOW2, whose options come first.
-fn qcow2_line(file: &str, options: &CreateOptions, preallocation: Preallocation, compat: Option<&str>) -> String {
+fn qcow2_line(
+    file: &str,
+    options: &CreateOptions,
+    data_file: Option<&qcow2::DataFile>,
+    preallocation: Preallocation,
+    compat: Option<&str>,
+) -> String {
     use std::fmt::Write;
     let on = |on: bool| if on { "on" } else { "off" };
     let own = options.qcow2;
@@ -417,6 +452,10 @@ fn qcow2_line(file: &str, options: &CreateOptions, preallocation: Preallocation,
         if let Some(format) = backing.format {
             let _ = write!(line, " backing_fmt={format}");
         }
+    }
+    if let Some(data) = data_file {
+        let _ = write!(line, " data_file={}", data.name);
+        line.push_str(if data.raw { " data_file_raw=on" } else { "" });
     }
     let _ = write!(line, " lazy_refcounts={} refcount_bits={}", on(own.lazy_refcounts), own.refcount_bits);
     line
@@ -443,7 +482,7 @@ mod tests {
             ..CreateOptions::new(Format::Qed, 20 << 20)
         };
         assert_eq!(
-            formatting_line("my2.qed", &options, Preallocation::Off, None),
+            formatting_line("my2.qed", &options, None, Preallocation::Off, None),
             "Formatting 'my2.qed', fmt=qed size=20971520 backing_file=master.img backing_fmt=raw cluster_size=131072 table_size=8"
         );
     }

@@ -82,6 +82,7 @@ impl Core {
     /// See [`crate::Image::pack`].
     pub(super) async fn pack(self: &Rc<Self>, at: GuestOffset, bytes: Iov) -> Result<bool> {
         self.health.check_writable()?;
+        self.check_no_data_file("packed clusters")?;
         let cluster = self.cluster_size();
         if !at.is_aligned(cluster) || bytes.len() as u64 != cluster {
             let what = "only whole clusters are packed";

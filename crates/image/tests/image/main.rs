@@ -6,6 +6,7 @@ extern crate headwater_image as image;
 mod basics;
 mod bitmaps;
 mod crash;
+mod data_file;
 mod faults;
 mod files;
 mod grid;

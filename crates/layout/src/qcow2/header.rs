@@ -477,7 +477,7 @@ mod tests {
             (20, &8_u32.to_be_bytes(), "cluster_bits"),
             (20, &22_u32.to_be_bytes(), "cluster_bits"),
             (24, &u64::MAX.to_be_bytes(), "size"),
-            (32, &2_u32.to_be_bytes(), "crypt_method"),
+            (32, &1_u32.to_be_bytes(), "crypt_method"),
             (36, &1_u32.to_be_bytes(), "l1_size"),
             (36, &u32::MAX.to_be_bytes(), "l1_size"),
             (40, &0x30001_u64.to_be_bytes(), "l1_table_offset"),
