@@ -75,6 +75,8 @@ impl World {
                 cluster_size: (!is_raw).then_some(layer.cluster_size),
                 table_size: (layer.format == Format::Qed).then_some(layer.table_size),
                 qcow2: layer.qcow2,
+                passphrase: None,
+                iteration_time: None,
             };
             create(bytes.clone(), &options).await?;
             world.files.borrow_mut().insert(name.clone(), File { bytes, format: layer.format });

@@ -303,3 +303,52 @@ fn filters_lie_between_and_above() -> Result {
     }
     Ok(())
 }
+
+#[test]
+fn encrypted_images_are_made_converted_and_opened_with_a_secret() -> Result {
+    peer!("headwater", "qemu-img", "qemu-io");
+    let sides = with_images("qemu-img")?;
+    sides.both(|dir| Ok(fs::write(dir.join("pw"), "open sesame")?))?;
+    let object = "--object secret,id=s,file=pw";
+    let made = "encrypt.format=luks,encrypt.key-secret=s,encrypt.iter-time=10";
+    let image = "driver=qcow2,encrypt.key-secret=s,file.filename=e.qcow2";
+    let volume = "driver=luks,key-secret=s,file.filename=e.luks";
+    for line in [
+        format!("convert {object} -f raw -O qcow2 -o {made} b.raw e.qcow2"),
+        format!("compare {object} --image-opts {image} driver=raw,file.filename=b.raw"),
+        format!("convert {object} --image-opts -O raw {image} plain.raw"),
+        "compare -f raw -F raw plain.raw b.raw".to_owned(),
+        format!("create -q {object} -f luks -o key-secret=s,iter-time=10 e.luks 2M"),
+        format!("convert {object} -n --target-image-opts --image-opts driver=raw,file.filename=b.raw {volume}"),
+        format!("compare {object} --image-opts {volume} driver=raw,file.filename=b.raw"),
+        format!("create -q {object} -f qcow2 -o {made} -b b.raw -F raw over.qcow2"),
+        format!("check -q {object} --image-opts {image}"),
+    ] {
+        sides.same(&line)?;
+    }
+    // Each side reads what the other one made.
+    for (from, to) in [(&sides.ours, &sides.theirs), (&sides.theirs, &sides.ours)] {
+        for file in ["e.qcow2", "e.luks"] {
+            fs::copy(from.join(file), to.join(format!("other-{file}")))?;
+        }
+    }
+    sides.same(&format!(
+        "compare {object} --image-opts {} driver=raw,file.filename=b.raw",
+        image.replace("=e.", "=other-e.")
+    ))?;
+    sides.same(&format!(
+        "compare {object} --image-opts {} driver=raw,file.filename=b.raw",
+        volume.replace("=e.", "=other-e.")
+    ))?;
+    // No key, no data.
+    let wrong = "--object secret,id=s,data=wrong";
+    for line in [
+        format!("compare {wrong} --image-opts {image} driver=raw,file.filename=b.raw"),
+        "compare e.qcow2 b.raw".to_owned(),
+    ] {
+        sides.fails(&line, 2)?;
+    }
+    sides.fails(&format!("create -q -f qcow2 -o {made} x.qcow2 1M"), 1)?;
+    sides.fails("create -q -f qcow2 -o encrypt.format=luks x.qcow2 1M", 1)?;
+    Ok(())
+}

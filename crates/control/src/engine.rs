@@ -44,7 +44,19 @@ pub struct Stamped {
     /// And microseconds.
     pub microseconds: u32,
     /// What.
-    pub event: Event,
+    pub event: Happening,
+}
+
+/// What happens that operators hear of.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Happening {
+    /// To a job.
+    Job(Event),
+    /// An export is gone.
+    ExportDeleted {
+        /// Which.
+        id: String,
+    },
 }
 
 /// A running Headwater.
@@ -183,6 +195,15 @@ impl Engine {
         .await
     }
 
+    /// Runs `work` where the named nodes are, with the shard's state.
+    pub async fn on_nodes<T, F>(&self, work: impl FnOnce(Rc<ShardState>) -> F + Send + 'static) -> Result<T, Failure>
+    where
+        T: Send + 'static,
+        F: Future<Output = Result<T, Failure>> + 'static,
+    {
+        self.run(0, work).await
+    }
+
     /// Runs `work` on every shard; answers come in shard order.
     pub async fn on_every_shard<T, F>(
         &self,
@@ -284,7 +305,7 @@ impl Engine {
 }
 
 /// Stamps an event and hands it to every subscriber; one whose channel is full or gone is dropped.
-fn publish(subscribers: &Mutex<Vec<mpsc::Sender<Stamped>>>, event: Event) {
+fn publish(subscribers: &Mutex<Vec<mpsc::Sender<Stamped>>>, event: Happening) {
     let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
     let stamped = Stamped { seconds: since.as_secs(), microseconds: since.subsec_micros(), event };
     locked(subscribers).retain(|subscriber| subscriber.try_send(stamped.clone()).is_ok());

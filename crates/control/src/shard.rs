@@ -1,12 +1,13 @@
 //! What lives on one shard: devices, their jobs, their exports. Reached only by closures that run there.
 
-use crate::{DiskSpec, Failure};
+use crate::exports::Export;
+use crate::{DiskSpec, Failure, Happening};
 use disk::chain::{ChainOptions, FileOpener, Opened, Opener, open_chain};
 use disk::{Disk, DiskOptions};
 use export::nbd::{Address, NbdExport, NbdServer};
 use export::vhost_user::{VhostUserExport, VhostUserServer};
 use futures_util::future::LocalBoxFuture;
-use graph::{Objects, Sources};
+use graph::{Graph, Objects, Sources};
 use job::{Events, Jobs};
 use std::cell::RefCell;
 use std::path::PathBuf;
@@ -32,20 +33,30 @@ pub struct ShardState {
     devices: RefCell<Vec<Rc<Device>>>,
     jobs: Rc<Jobs>,
     objects: Rc<Objects>,
+    graph: Graph,
+    happened: Rc<dyn Fn(Happening)>,
+    pub(crate) exports: RefCell<Vec<Export>>,
+    pub(crate) nbd_server: RefCell<Option<Rc<NbdServer>>>,
     nbd: RefCell<Vec<Rc<NbdServer>>>,
     vhost_user: RefCell<Vec<(String, Rc<VhostUserServer>)>>,
 }
 
 impl ShardState {
     /// Sets this thread's state up; once, before anything else runs here.
-    pub(crate) fn install(events: Events, objects: &[String]) {
+    pub(crate) fn install(happened: Rc<dyn Fn(Happening)>, objects: &[String]) {
         // They were looked at before any shard was started.
         let objects = Rc::new(Objects::new(objects).unwrap_or_default());
+        let told = Rc::clone(&happened);
+        let events: Events = Rc::new(move |event| told(Happening::Job(event)));
         STATE.with(|state| {
             *state.borrow_mut() = Some(Rc::new(Self {
                 devices: RefCell::default(),
                 jobs: Jobs::new(events),
+                graph: Graph::new(Rc::clone(&objects)),
                 objects,
+                happened,
+                exports: RefCell::default(),
+                nbd_server: RefCell::default(),
                 nbd: RefCell::default(),
                 vhost_user: RefCell::default(),
             }));
@@ -65,6 +76,15 @@ impl ShardState {
     /// A device by its name.
     pub fn device(&self, name: &str) -> Option<Rc<Device>> {
         self.devices.borrow().iter().find(|device| device.spec.name == name).cloned()
+    }
+
+    /// The named nodes of this shard.
+    pub fn graph(&self) -> &Graph {
+        &self.graph
+    }
+
+    pub(crate) fn tell(&self, happening: Happening) {
+        (self.happened)(happening);
     }
 
     /// The jobs of this shard's devices.
@@ -142,6 +162,7 @@ impl ShardState {
     /// Ends exports, then jobs, then disks: no guest request and no job is in flight when a disk closes. The first failure
     /// is reported, the rest is closed all the same.
     pub(crate) async fn shut_down(&self) -> Result<(), Failure> {
+        self.end_exports().await;
         let servers = std::mem::take(&mut *self.nbd.borrow_mut());
         for server in servers {
             server.stop().await;
@@ -158,6 +179,7 @@ impl ShardState {
                 outcome = outcome.and(Err(Failure::from(error)));
             }
         }
+        outcome = outcome.and(self.graph.close_all().await.map_err(Failure::from));
         outcome
     }
 }

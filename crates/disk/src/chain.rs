@@ -23,6 +23,17 @@ pub struct Layer {
     pub name: String,
     /// The image.
     pub image: Rc<dyn Image>,
+    /// Somebody else's: a disk settles what it has written to it, and leaves it open.
+    pub lent: bool,
+    /// Nothing lies below, whatever its header says: so its user said.
+    pub bottom: bool,
+}
+
+impl Layer {
+    /// The disk's own, with what its header says below it.
+    pub fn new(node: impl Into<String>, name: impl Into<String>, image: Rc<dyn Image>) -> Self {
+        Self { node: node.into(), name: name.into(), image, lent: false, bottom: false }
+    }
 }
 
 /// How to open a chain.
@@ -38,6 +49,8 @@ pub struct ChainOptions {
     pub no_backing: bool,
     /// Only so many layers, from the top; what lies below them is left unopened (to be written to, `commit`).
     pub layers: Option<usize>,
+    /// The image whose header names the top, by its store's name; nothing is written then.
+    pub referrer: Option<String>,
     /// The top is opened for a check (see [`image::OpenOptions::for_check`]).
     pub for_check: bool,
     /// The internal snapshot of the top (its id, or its name) to show instead of its present state; read-only.
@@ -149,6 +162,14 @@ impl Opener for FileOpener {
     }
 }
 
+/// The file that the image `referrer` means by `name`, where both are local; else `name` as it is.
+pub fn resolve(name: &str, referrer: &str) -> String {
+    match names::parse(name) {
+        Name::Local(local) => names::resolve(local, Some(referrer)).to_string_lossy().into_owned(),
+        Name::Remote(_) => name.to_owned(),
+    }
+}
+
 async fn open_file(name: &str, referrer: Option<&str>, options: store::file::OpenOptions) -> Result<Rc<dyn Store>> {
     match names::parse(name) {
         Name::Local(local) => Ok(FileStore::open(&names::resolve(local, referrer), options).await?),
@@ -178,10 +199,11 @@ pub async fn open_chain(opener: &dyn Opener, name: &str, options: ChainOptions) 
 
 async fn open_layers(opener: &dyn Opener, name: &str, options: &ChainOptions, layers: &mut Vec<Layer>) -> Result<()> {
     let top_options = OpenOptions { read_only: options.read_only, for_check: options.for_check };
-    let (image, mut below) = open_one(opener, name, None, options.format, (top_options, options)).await?;
-    let mut seen = HashSet::from([opener.identify(name, None)]);
+    let referrer = options.referrer.as_deref();
+    let (image, mut below) = open_one(opener, name, referrer, options.format, (top_options, options)).await?;
+    let mut seen = HashSet::from([opener.identify(name, referrer)]);
     let node = options.node.clone().unwrap_or_else(new_node_name);
-    layers.push(Layer { node, name: name.to_owned(), image });
+    layers.push(Layer::new(node, name, image));
     if options.no_backing {
         return Ok(());
     }
@@ -190,7 +212,12 @@ async fn open_layers(opener: &dyn Opener, name: &str, options: &ChainOptions, la
         let named = matches!(below, Below::Named(_));
         let backing = match std::mem::take(&mut below) {
             Below::Header => above.backing(),
-            Below::Nothing => None,
+            Below::Nothing => {
+                if let Some(layer) = layers.last_mut() {
+                    layer.bottom = true;
+                }
+                None
+            }
             // It says all there is to say, or leaves the rest to a look at it: the user's words, not a guest's.
             Below::Named(name) => Some(BackingRef { name, format: None }),
         };
@@ -198,7 +225,7 @@ async fn open_layers(opener: &dyn Opener, name: &str, options: &ChainOptions, la
         if options.layers.is_some_and(|most| layers.len() >= most) {
             return Ok(());
         }
-        let referrer = above.store().name();
+        let referrer = above.file().name();
         let refuse = |what: String| Error::new(ErrorKind::Chain, referrer, None, what);
         if backing.format.is_none() && !named && !above.may_probe_backing() {
             return Err(refuse(format!(
@@ -220,7 +247,7 @@ async fn open_layers(opener: &dyn Opener, name: &str, options: &ChainOptions, la
             .await
             .map_err(|e| refuse(format!("could not open its backing file '{}'", backing.name)).because(e))?;
         below = next;
-        layers.push(Layer { node: new_node_name(), name: backing.name, image });
+        layers.push(Layer::new(new_node_name(), backing.name, image));
     }
     Ok(())
 }
@@ -268,7 +295,7 @@ async fn open_one(
 }
 
 /// A node name that nobody else in this process has. QEMU's look alike; `#` keeps them apart from users' own.
-fn new_node_name() -> String {
+pub fn new_node_name() -> String {
     static NEXT: AtomicU64 = AtomicU64::new(0);
     format!("#block{:03}", NEXT.fetch_add(1, Ordering::Relaxed))
 }

@@ -122,7 +122,7 @@ impl Framer {
 }
 
 /// Whether `text` is only the beginning of a value: nothing in it is wrong, and something is missing.
-pub(crate) fn is_cut_short(text: &[u8]) -> bool {
+pub fn is_cut_short(text: &[u8]) -> bool {
     let mut framer = Framer::default();
     text.iter().all(|byte| framer.take(*byte).is_none()) && framer.held() > 0
 }

@@ -21,13 +21,15 @@ mod config;
 pub mod json;
 mod name;
 mod node;
+pub mod nodes;
 pub mod objects;
 mod options;
 mod sources;
 
 pub use name::{display_name, from_image_options, nbd_target};
+pub use nodes::Graph;
 pub use objects::Objects;
-pub use options::keyval;
+pub use options::{keyval, nest as nested};
 pub use sources::Sources;
 
 use image::{Error, ErrorKind};

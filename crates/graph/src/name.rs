@@ -64,6 +64,15 @@ pub(crate) fn has_protocol(name: &str) -> bool {
     ["json:", "nbd:", "nbd+", "null-co:", "null-aio:", "blkdebug:"].iter().any(|protocol| name.starts_with(protocol))
 }
 
+/// The tree that any name stands for.
+pub(crate) fn protocol_tree_of(name: &str) -> Result<Map<String, Value>, Error> {
+    let tree = if has_protocol(name) { protocol_tree(name)? } else { json!({"driver": "file", "filename": name}) };
+    match tree {
+        Value::Object(tree) => Ok(tree),
+        _ => Err(wrong("Invalid JSON object given")),
+    }
+}
+
 /// The tree that a name with a protocol stands for.
 fn protocol_tree(name: &str) -> Result<Value, Error> {
     if let Some(text) = name.strip_prefix("json:") {

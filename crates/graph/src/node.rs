@@ -6,7 +6,6 @@ use crate::config;
 use crate::name::has_protocol;
 use crate::options::{Keys, nest};
 use crate::wrong;
-use disk::Below;
 use image::{Error, ErrorKind, Format};
 use serde_json::{Map, Value};
 use std::path::PathBuf;
@@ -48,13 +47,48 @@ pub(crate) enum Node {
     /// An export of an NBD server.
     Nbd(Target),
     /// A store that fails as its user wishes.
-    Debug { rules: Rules, file: String },
+    Debug { rules: Rules, file: Child },
     /// A store that keeps to the rates of a group.
-    Throttle { group: String, file: String },
+    Throttle { group: String, file: Child },
     /// A disk that keeps what is read from below.
-    CopyOnRead { file: String },
+    CopyOnRead { file: Child },
     /// An image.
-    Format { format: Option<Format>, file: String, below: Below, key_secret: Option<String>, how: How, part: Part },
+    Format { format: Option<Format>, file: Child, below: Backing, key_secret: Option<String>, how: How, part: Part },
+}
+
+/// A child, as a tree has it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Child {
+    /// What this name stands for.
+    Name(String),
+    /// The node that is called so.
+    Node(String),
+}
+
+/// What lies below an image.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Backing {
+    /// What its header names.
+    Header,
+    /// Nothing.
+    Nothing,
+    /// This.
+    Child(Child),
+}
+
+/// There is no node of that name.
+pub(crate) fn no_node(name: &str) -> Error {
+    wrong(format!("Cannot find device='{name}' nor node-name='{name}'"))
+}
+
+impl Child {
+    /// Its name, where there are no nodes.
+    pub(crate) fn name(&self) -> Result<&str, Error> {
+        match self {
+            Self::Name(name) => Ok(name),
+            Self::Node(node) => Err(no_node(node)),
+        }
+    }
 }
 
 /// Which part of its file an image is: from where, and how long.
@@ -88,16 +122,16 @@ fn child_name(mut tree: Map<String, Value>) -> String {
 }
 
 /// The name of a child.
-fn child(keys: &mut Keys, key: &str) -> Result<Option<String>, Error> {
+fn child(keys: &mut Keys, key: &str) -> Result<Option<Child>, Error> {
     match keys.any(key) {
         None => Ok(None),
-        Some(Value::Object(tree)) => Ok(Some(child_name(tree))),
-        Some(Value::String(node)) => Err(wrong(format!("Cannot find device='{node}' nor node-name='{node}'"))),
+        Some(Value::Object(tree)) => Ok(Some(Child::Name(child_name(tree)))),
+        Some(Value::String(node)) => Ok(Some(Child::Node(node))),
         Some(_) => Err(wrong(format!("Invalid parameter type for '{key}', expected: BlockdevRef"))),
     }
 }
 
-fn needed(child: Option<String>, key: &str) -> Result<String, Error> {
+fn needed(child: Option<Child>, key: &str) -> Result<Child, Error> {
     child.ok_or_else(|| wrong(format!("A block device must be specified for \"{key}\"")))
 }
 
@@ -281,13 +315,11 @@ fn format(mut keys: Keys, driver: &str, how: How) -> Result<Node, Error> {
     };
     let file = needed(child(&mut keys, "file")?, "file")?;
     let below = match keys.any("backing") {
-        None => Below::Header,
-        Some(Value::Null) => Below::Nothing,
-        Some(Value::String(none)) if none.is_empty() => Below::Nothing,
-        Some(Value::Object(tree)) => Below::Named(as_name(&tree)),
-        Some(Value::String(node)) => {
-            return Err(wrong(format!("Cannot find device='{node}' nor node-name='{node}'")));
-        }
+        None => Backing::Header,
+        Some(Value::Null) => Backing::Nothing,
+        Some(Value::String(none)) if none.is_empty() => Backing::Nothing,
+        Some(Value::Object(tree)) => Backing::Child(Child::Name(child_name(tree))),
+        Some(Value::String(node)) => Backing::Child(Child::Node(node)),
         Some(_) => return Err(wrong("Invalid parameter type for 'backing', expected: BlockdevRefOrNull")),
     };
     let mut key_secret = keys.text("key-secret")?;
@@ -319,8 +351,8 @@ mod tests {
     #[test]
     fn an_image_in_a_file() {
         let node = read(json!({"driver": "qcow2", "file": {"driver": "file", "filename": "a"}, "backing": null}));
-        let file = r#"json:{"driver":"file","filename":"a"}"#.to_owned();
-        let (format, below, how) = (Some(Format::Qcow2), Below::Nothing, How::default());
+        let file = Child::Name(r#"json:{"driver":"file","filename":"a"}"#.to_owned());
+        let (format, below, how) = (Some(Format::Qcow2), Backing::Nothing, How::default());
         assert_eq!(node.unwrap(), Node::Format { format, file, below, key_secret: None, how, part: None });
     }
 
@@ -330,7 +362,6 @@ mod tests {
             (json!({}), "Must specify either driver or file"),
             (json!({"driver": "file"}), "The 'file' block driver requires a file name"),
             (json!({"driver": "nonsense", "file": {}}), "Unknown driver 'nonsense'"),
-            (json!({"driver": "qcow2", "file": "x"}), "Cannot find device='x' nor node-name='x'"),
             (json!({"driver": "qcow2"}), "A block device must be specified for \"file\""),
             (
                 json!({"driver": "file", "filename": "a", "x": 1}),

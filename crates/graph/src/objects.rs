@@ -7,9 +7,9 @@ use crate::{json, wrong};
 use base64::Engine;
 use base64::prelude::BASE64_STANDARD;
 use image::{Error, ErrorKind};
-use serde_json::Value;
+use serde_json::{Map, Value};
 use std::cell::RefCell;
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::fmt;
 use std::fs::File;
 use std::io::Read;
@@ -25,12 +25,17 @@ const LONGEST_SECRET: u64 = 1 << 20;
 pub struct Objects {
     secrets: RefCell<HashMap<String, Zeroizing<Vec<u8>>>>,
     groups: RefCell<HashMap<String, Rc<Group>>>,
+    /// Those that say nothing here.
+    others: RefCell<HashSet<String>>,
 }
 
 impl fmt::Debug for Objects {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let (secrets, groups) = (self.secrets.borrow(), self.groups.borrow());
-        f.debug_struct("Objects").field("secrets", &secrets.keys()).field("groups", &groups.keys()).finish()
+        f.debug_struct("Objects")
+            .field("secrets", &secrets.keys())
+            .field("groups", &groups.keys())
+            .finish_non_exhaustive()
     }
 }
 
@@ -57,10 +62,18 @@ impl Objects {
         } else {
             keyval(text, Some("qom-type"))?
         };
-        let mut keys = Keys::new(nest(flat)?);
+        self.add_tree(flat)
+    }
+
+    /// Makes one more, of a tree.
+    pub fn add_tree(&self, tree: Map<String, Value>) -> Result<(), Error> {
+        let mut keys = Keys::new(nest(tree)?);
         let kind = keys.text("qom-type")?.ok_or_else(|| wrong("Parameter 'qom-type' is missing"))?;
         let id = keys.text("id")?.ok_or_else(|| wrong("Parameter 'id' is missing"))?;
-        if self.secrets.borrow().contains_key(&id) || self.groups.borrow().contains_key(&id) {
+        let taken = self.secrets.borrow().contains_key(&id)
+            || self.groups.borrow().contains_key(&id)
+            || self.others.borrow().contains(&id);
+        if taken {
             return Err(wrong(format!("attempt to add duplicate property '{id}' to object (type 'container')")));
         }
         match kind.as_str() {
@@ -83,6 +96,7 @@ impl Objects {
                     "thread-pool-max",
                 ]);
                 keys.finish(&format!("'{kind}'"), "does not")?;
+                self.others.borrow_mut().insert(id);
             }
             other => {
                 let what = format!(
@@ -92,6 +106,14 @@ impl Objects {
             }
         }
         Ok(())
+    }
+
+    /// Takes one away; who uses it already goes on.
+    pub fn remove(&self, id: &str) -> Result<(), Error> {
+        let found = self.secrets.borrow_mut().remove(id).is_some()
+            || self.groups.borrow_mut().remove(id).is_some()
+            || self.others.borrow_mut().remove(id);
+        if found { Ok(()) } else { Err(wrong(format!("object '{id}' not found"))) }
     }
 
     /// The bytes of the secret `id`.

@@ -44,7 +44,7 @@ pub fn keyval(text: &str, implied: Option<&str>) -> Result<Map<String, Value>, E
 }
 
 /// Dotted keys become trees, at any depth: `{"file.filename": "a"}` and `{"file": {"filename": "a"}}` are the same.
-pub(crate) fn nest(flat: Map<String, Value>) -> Result<Map<String, Value>, Error> {
+pub fn nest(flat: Map<String, Value>) -> Result<Map<String, Value>, Error> {
     let mut tree = Map::new();
     for (key, value) in flat {
         put(&mut tree, &key, &key, value, DEEPEST)?;

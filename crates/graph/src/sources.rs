@@ -1,7 +1,7 @@
 //! Opening what names stand for.
 
 use crate::name::{Meaning, meaning};
-use crate::node::{How, Node};
+use crate::node::{Backing, How, Node};
 use crate::objects::Objects;
 use crate::wrong;
 use disk::chain::{ChainOptions, open_chain};
@@ -79,7 +79,8 @@ impl Sources {
         })
     }
 
-    fn node<'a>(
+    /// Opens a node whose children, if it has any, are names.
+    pub(crate) fn node<'a>(
         &'a self,
         node: Node,
         name: &'a str,
@@ -112,19 +113,19 @@ impl Sources {
                     NbdStore::open(&nbd_name(&target), target).await?
                 }
                 Node::Debug { rules, file } => {
-                    let debug = DebugStore::new(self.store(&file, read_only, below, above).await?, rules);
+                    let debug = DebugStore::new(self.store(file.name()?, read_only, below, above).await?, rules);
                     self.debugs.borrow_mut().push(Rc::clone(&debug));
                     debug
                 }
                 Node::Throttle { group, file } => {
                     let group = self.objects.group(&group)?;
-                    ThrottleStore::new(self.store(&file, read_only, below, above).await?, group)
+                    ThrottleStore::new(self.store(file.name()?, read_only, below, above).await?, group)
                 }
                 Node::CopyOnRead { file } => {
                     if read_only {
                         return Err(wrong("Block node is read-only"));
                     }
-                    self.stack(&file, read_only, true).await?
+                    self.stack(file.name()?, read_only, true).await?
                 }
                 Node::Format { .. } => self.stack(name, read_only, false).await?,
             })
@@ -160,7 +161,12 @@ impl Opener for Sources {
                     }
                     let passphrase = key_secret.map(|id| self.objects.secret(&id)).transpose()?;
                     let passphrase = passphrase.map(|secret| secret.to_vec());
-                    let mut store = self.store(&file, read_only, below, how).await?;
+                    let next = match next {
+                        Backing::Header => Below::Header,
+                        Backing::Nothing => Below::Nothing,
+                        Backing::Child(child) => Below::Named(child.name()?.to_owned()),
+                    };
+                    let mut store = self.store(file.name()?, read_only, below, how).await?;
                     if let Some((offset, size)) = part {
                         store = match PartStore::new(Rc::clone(&store), offset, size) {
                             Ok(part) => part,
@@ -195,7 +201,9 @@ impl Opener for Sources {
             Ok(Meaning::Node { node: Node::File { path, .. }, .. }) => {
                 self.files.identify(&format!("file:{}", path.display()), None)
             }
-            Ok(Meaning::Node { node: Node::Format { file, .. }, .. }) => self.identify(&file, None),
+            Ok(Meaning::Node { node: Node::Format { file, .. }, .. }) => {
+                file.name().map_or_else(|_| name.to_owned(), |file| self.identify(file, None))
+            }
             Ok(Meaning::Node { .. }) => name.to_owned(),
             _ => self.files.identify(name, referrer),
         }

@@ -23,7 +23,7 @@ pub(crate) enum Output {
 pub(crate) fn format_named(name: &str) -> Result<Format, String> {
     Format::from_name(name).ok_or_else(|| {
         format!(
-            "Unknown file format '{name}' (this Headwater knows raw, qed, qcow2 and, for reading, vdi, vpc, parallels)"
+            "Unknown file format '{name}' (this Headwater knows raw, qed, qcow2 and, for reading, vdi, vpc, vhdx, vmdk, qcow, parallels)"
         )
     })
 }

@@ -4,6 +4,7 @@
 //! code (see [`exit`]).
 #![forbid(unsafe_code)]
 
+mod background;
 mod client;
 mod demo;
 mod exit;
@@ -15,6 +16,7 @@ mod nbd;
 mod progress;
 mod serve;
 mod size;
+mod storage_daemon;
 mod tool;
 mod usage;
 
@@ -49,6 +51,13 @@ enum Command {
     Nbd(nbd::Args),
     /// Serve disks to guests (NBD, vhost-user-blk) and to operators (QMP, HMP)
     Serve(serve::Args),
+    /// Serve named nodes, steered by QMP (the command line of `qemu-storage-daemon`)
+    #[command(disable_help_flag = true)]
+    StorageDaemon {
+        /// Its options; see --help
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        words: Vec<String>,
+    },
     /// Start to stream a disk's backing data into its image
     Stream(jobs::StreamArgs),
     /// List block jobs
@@ -105,6 +114,11 @@ fn command() -> Result<Command, Exit> {
         tool::set_name(called);
         return usage::tool::<Nbd>().map(|nbd| Command::Nbd(nbd.args));
     }
+    if called == "qemu-storage-daemon" {
+        tool::set_name(called);
+        let words = std::env::args_os().skip(1).map(|word| word.to_string_lossy().into_owned()).collect();
+        return Ok(Command::StorageDaemon { words });
+    }
     usage::own::<Cli>().map(|cli| cli.command)
 }
 
@@ -126,6 +140,7 @@ fn main() -> std::process::ExitCode {
         Command::Io(args) => io::run(&args),
         Command::Nbd(args) => nbd::run(&args),
         Command::Serve(args) => serve::run(args),
+        Command::StorageDaemon { words } => storage_daemon::run(&words),
         Command::Stream(args) => jobs::stream(args),
         Command::Jobs(args) => jobs::list(&args),
         Command::Speed(args) => jobs::speed(args),

@@ -194,6 +194,7 @@ async fn start_stream(engine: &Engine, name: &str, speed: u64) -> Result<(), Fai
                 on_error: OnError::Report,
                 auto_finalize: true,
                 auto_dismiss: true,
+                hold: None,
             };
             shard.jobs().stream(options).map_err(Failure::from)
         })

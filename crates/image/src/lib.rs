@@ -26,7 +26,10 @@ pub mod create;
 pub mod error;
 mod grid;
 mod health;
+mod luks;
 pub mod open;
+mod packed;
+mod paged;
 pub mod probe;
 pub mod qcow2;
 pub mod qed;
@@ -42,6 +45,7 @@ pub use backing::BackingRef;
 pub use bitmap::{Bitmap, BitmapAction, Bits};
 pub use check::{CheckReport, Repair};
 pub use error::{Error, ErrorKind, Result};
+pub use luks::Passphrase;
 pub use open::{Companions, NoCompanions, OpenOptions, Surroundings, open, open_in};
 pub use probe::Format;
 pub use reservation::{Keep, Linked, Purpose, Reservation};
@@ -100,6 +104,8 @@ pub struct ImageInfo {
     pub dirty: bool,
     /// Things a user should know that are no error.
     pub warnings: Vec<String>,
+    /// Guests' data are encrypted.
+    pub encrypted: bool,
     /// QCOW2: what it alone has.
     pub qcow2: Option<qcow2::Qcow2Info>,
 }
@@ -115,6 +121,18 @@ pub trait Image: 'static {
 
     /// Where its bytes are. Payload goes there directly.
     fn store(&self) -> &Rc<dyn Store>;
+
+    /// The file that is the image: what its name is, and what other names are relative to. Where the guest's data are in a file of
+    /// their own, this is the other one.
+    fn file(&self) -> &Rc<dyn Store> {
+        self.store()
+    }
+
+    /// Whether a cluster's place in [`Image::store`] follows from where the guest sees it. Then a reservation is nobody's alone:
+    /// whoever writes to its place holds the guest's range against every other writer, until it is linked or dropped.
+    fn has_fixed_places(&self) -> bool {
+        false
+    }
 
     /// The size the guest sees, in bytes.
     fn size(&self) -> u64;

@@ -76,7 +76,9 @@ pub async fn open_in(
     match format {
         Format::Raw => crate::raw::open(store, options),
         Format::Qcow2 => crate::qcow2::open(store, options, surroundings).await,
+        Format::Luks => crate::luks::open(store, options, surroundings).await,
         Format::Vdi | Format::Vpc | Format::Parallels => crate::grid::open(store, format, options).await,
+        Format::Qcow | Format::Vmdk | Format::Vhdx => crate::paged::open(store, format, options, surroundings).await,
         Format::Qed => crate::qed::open(store, options).await,
     }
 }

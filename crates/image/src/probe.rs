@@ -24,6 +24,14 @@ pub enum Format {
     Vpc,
     /// Parallels', read only.
     Parallels,
+    /// QCOW, version 1, read only.
+    Qcow,
+    /// VMware's, read only.
+    Vmdk,
+    /// Hyper-V's, read only.
+    Vhdx,
+    /// An encrypted volume (LUKS, version 1).
+    Luks,
 }
 
 impl Format {
@@ -36,6 +44,10 @@ impl Format {
             Self::Vdi => "vdi",
             Self::Vpc => "vpc",
             Self::Parallels => "parallels",
+            Self::Qcow => "qcow",
+            Self::Vmdk => "vmdk",
+            Self::Vhdx => "vhdx",
+            Self::Luks => "luks",
         }
     }
 
@@ -48,6 +60,10 @@ impl Format {
             "vdi" => Some(Self::Vdi),
             "vpc" => Some(Self::Vpc),
             "parallels" => Some(Self::Parallels),
+            "qcow" => Some(Self::Qcow),
+            "vmdk" => Some(Self::Vmdk),
+            "vhdx" => Some(Self::Vhdx),
+            "luks" => Some(Self::Luks),
             _ => None,
         }
     }
@@ -60,13 +76,8 @@ impl fmt::Display for Format {
 }
 
 /// Formats that are recognised by their first bytes, and not served: offset, bytes, name.
-const FOREIGN: [(usize, &[u8], &str); 12] = [
-    (0, b"QFI\xfb\0\0\0\x01", "QCOW (version 1)"),
-    (0, b"KDMV", "VMDK"),
+const FOREIGN: [(usize, &[u8], &str); 7] = [
     (0, b"COWD", "VMDK (version 3)"),
-    (0, b"# Disk DescriptorFile", "VMDK (descriptor)"),
-    (0, b"vhdxfile", "VHDX"),
-    (0, b"LUKS\xba\xbe", "LUKS"),
     (0, b"Bochs Virtual HD Image", "Bochs"),
     (0, b"#!/bin/sh\n#V2.0 Format\nmodprobe cloop", "cloop"),
     (0, b"OOOM", "User-mode Linux COW"),
@@ -89,6 +100,18 @@ pub async fn probe(store: &dyn Store) -> Result<Format> {
     let head = head.to_vec();
     if head.starts_with(&layout::qed::MAGIC) {
         return Ok(Format::Qed);
+    }
+    if head.starts_with(&layout::qcow::MAGIC) {
+        return Ok(Format::Qcow);
+    }
+    if head.starts_with(&layout::vmdk::MAGIC) || head.starts_with(layout::vmdk::descriptor::SIGNATURE) {
+        return Ok(Format::Vmdk);
+    }
+    if head.starts_with(&layout::luks::MAGIC) {
+        return Ok(Format::Luks);
+    }
+    if head.starts_with(&layout::vhdx::SIGNATURE) {
+        return Ok(Format::Vhdx);
     }
     // Version 1 has the same magic and is another format.
     if head.starts_with(&layout::qcow2::MAGIC) && head[4..8] != [0, 0, 0, 1] {

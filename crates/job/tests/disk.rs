@@ -81,6 +81,7 @@ impl World {
             on_error: OnError::Report,
             auto_finalize: true,
             auto_dismiss: true,
+            hold: None,
         };
         change(&mut options);
         self.jobs.stream(options)

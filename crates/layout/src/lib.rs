@@ -5,10 +5,14 @@
 
 pub mod addr;
 pub mod field;
+pub mod luks;
 pub mod parallels;
+pub mod qcow;
 pub mod qcow2;
 pub mod qed;
 pub mod vdi;
+pub mod vhdx;
+pub mod vmdk;
 pub mod vpc;
 
 pub use addr::{GuestOffset, GuestRange, HostOffset, HostRange};

@@ -6,10 +6,12 @@
 
 mod abandoned;
 pub mod ailing;
+pub mod cipher;
 pub mod debug;
 pub mod error;
 pub mod fault;
 pub mod file;
+pub mod joined;
 pub mod memory;
 pub mod nbd;
 pub mod null;

@@ -94,6 +94,8 @@ fn make_images(dir: &Path) {
                 cluster_size: None,
                 table_size: None,
                 qcow2: image::qcow2::Options::default(),
+                passphrase: None,
+                iteration_time: None,
             };
             let store = FileStore::create(&dir.join(name), OpenOptions::default()).await.unwrap();
             create(store.clone(), &options).await.unwrap();

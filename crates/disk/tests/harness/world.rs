@@ -86,6 +86,8 @@ impl World {
                     cluster_size: unit,
                     table_size: None,
                     qcow2: image::qcow2::Options::default(),
+                    passphrase: None,
+                    iteration_time: None,
                 };
                 create(file.bytes.clone(), &options).await.unwrap();
             }
@@ -141,7 +143,7 @@ impl World {
                 None => Plain::open(store, read_only),
             };
             next = image.backing().map(|backing| backing.name);
-            layers.push(Layer { node: format!("node-{name}"), name, image });
+            layers.push(Layer::new(format!("node-{name}"), name, image));
         }
         layers
     }

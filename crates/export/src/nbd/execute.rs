@@ -1,6 +1,6 @@
 //! Carrying requests out, each in a task of its own: none waits for another.
 //!
-//! **Invariant.** Every request that comes here has passed [`super::request::Request::check`] and ends in exactly one
+//! **Invariant.** Every request that comes here has passed [`nbd::request::Request::check`] and ends in exactly one
 //! reply, whose last piece carries the request's ticket.
 
 use super::connection::Transmission;

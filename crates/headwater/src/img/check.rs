@@ -55,8 +55,8 @@ pub(crate) fn run(args: &Args) -> Outcome {
         let chain = images::open(&args.file, &look).await?;
         let image = chain.first().ok_or("no image")?.image.clone();
         let unchecked = match image.format() {
-            Format::Raw => Some("This image format does not support checks"),
-            _ => None,
+            Format::Qed | Format::Qcow2 => None,
+            _ => Some("This image format does not support checks"),
         };
         if let Some(why) = unchecked {
             images::close(&chain).await?;

@@ -57,10 +57,10 @@ async fn commit(args: &Args) -> Result<(), String> {
         Some(base) => {
             let wanted = opener.identify(base, None);
             let is = |name: &str| name == base || opener.identify(name, None) == wanted;
-            (1..chain.len()).find(|layer| is(chain[*layer].image.store().name()) || chain[*layer].name == *base)
+            (1..chain.len()).find(|layer| is(chain[*layer].image.file().name()) || chain[*layer].name == *base)
         }
     };
-    let base = found.map(|layer| (layer, chain[layer].image.store().name().to_owned(), chain[layer].image.format()));
+    let base = found.map(|layer| (layer, chain[layer].image.file().name().to_owned(), chain[layer].image.format()));
     let top_format = chain[0].image.format();
     let size = chain[0].image.size();
     images::close(&chain).await?;

@@ -197,12 +197,18 @@ async fn into(
     bitmaps: &[Bitmap],
 ) -> Result<(), String> {
     let mut len = source.size();
+    let objects = args.naming.objects()?;
+    let mut secret = None;
     if !args.no_create {
         let mut wanted = Wanted::gather(&args.options, output)?;
         wanted.backing = wanted.backing.or_else(|| args.backing.clone());
         wanted.backing_format = wanted.backing_format.or_else(|| args.backing_format.clone());
         if wanted.backing.is_some() && wanted.preallocation != Preallocation::Off {
             return Err("Backing file and preallocation cannot be used at the same time".into());
+        }
+        if wanted.data_file.is_some() {
+            let what = "'data_file' is an option of 'create'; make the image first, then 'convert -n' into it";
+            return Err(what.into());
         }
         let size = wanted.size.unwrap_or(len);
         len = len.min(size);
@@ -218,20 +224,25 @@ async fn into(
             cluster_size: wanted.cluster_size,
             table_size: wanted.table_size,
             qcow2: wanted.qcow2,
+            passphrase: create::passphrase(wanted.key_secret.as_deref(), &objects)?,
+            iteration_time: wanted.iteration_time,
             ..CreateOptions::new(output, size.next_multiple_of(512))
         };
         create::write(target, &options).await?;
-        create::preallocate(target, output, wanted.preallocation).await?;
+        secret = wanted.key_secret;
+        let unlocking = secret.as_deref().map(|id| (id, &objects));
+        create::preallocate(target, output, wanted.preallocation, unlocking).await?;
     }
+    let (name, look) = create::named(target, output, secret.as_deref().map(|id| (id, &objects)));
     let writable = Look {
-        format: (!args.target_image_opts).then_some(output),
+        format: if args.target_image_opts { None } else { look.format },
         image_opts: args.target_image_opts,
-        objects: args.naming.objects()?,
+        objects,
         writable: true,
         no_flush: args.cache == "unsafe",
         ..Look::default()
     };
-    let chain = images::open(target, &writable).await?;
+    let chain = images::open(&name, &writable).await?;
     let disk = Disk::new("target", chain, DiskOptions::default());
     let has_backing = disk.chain().len() > 1;
     if args.no_create && disk.size() < len {

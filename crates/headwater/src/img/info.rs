@@ -73,6 +73,7 @@ struct Described {
     file_length: u64,
     cluster_size: Option<u64>,
     dirty: bool,
+    encrypted: bool,
     backing: Option<(String, Option<&'static str>, String)>,
     warnings: Vec<String>,
     qcow2: Option<Qcow2Info>,
@@ -83,7 +84,7 @@ struct Described {
 impl Described {
     fn of(layer: &Layer, depth: usize, asked: &str, snapshots: Vec<Snapshot>) -> Self {
         let image = &layer.image;
-        let store = image.store();
+        let store = image.file();
         let filename = if depth == 0 { asked.to_owned() } else { store.name().to_owned() };
         let info = image.info();
         let opener = Sources::default();
@@ -99,6 +100,7 @@ impl Described {
             file_length: store.size().next_multiple_of(512),
             cluster_size: info.cluster_size,
             dirty: info.dirty,
+            encrypted: info.encrypted || image.format() == image::Format::Luks,
             backing: image.backing().map(|below| {
                 let full = full_name(&opener, &below.name, &filename);
                 (below.name, below.format.map(image::Format::name), full)
@@ -122,6 +124,9 @@ impl Described {
         line(format!("file format: {}", self.format));
         line(format!("virtual size: {} ({} bytes)", human(self.virtual_size), self.virtual_size));
         line(format!("disk size: {disk_size}"));
+        if self.encrypted {
+            line("encrypted: yes".into());
+        }
         if let Some(bytes) = self.cluster_size {
             line(format!("cluster_size: {bytes}"));
         }
@@ -144,7 +149,7 @@ impl Described {
         if !self.snapshots.is_empty() {
             line(super::snapshot::text(&self.snapshots).trim_end().to_owned());
         }
-        if let Some(own) = self.qcow2 {
+        if let Some(own) = &self.qcow2 {
             specific(own, &self.bitmaps).into_iter().for_each(&mut line);
         }
         line("Child node '/file':".into());
@@ -194,7 +199,7 @@ impl Described {
             });
             top.insert("snapshots".into(), all.collect());
         }
-        if let Some(own) = self.qcow2 {
+        if let Some(own) = &self.qcow2 {
             let mut data = Map::new();
             data.insert("compat".into(), json!(compat(own)));
             data.insert("compression-type".into(), json!(compression(own)));
@@ -204,6 +209,10 @@ impl Described {
                 if !self.bitmaps.is_empty() {
                     let bitmap = |bitmap: &Bitmap| json!({ "flags": flags(bitmap), "name": bitmap.name, "granularity": bitmap.granularity });
                     data.insert("bitmaps".into(), self.bitmaps.iter().map(bitmap).collect());
+                }
+                if let Some(file) = &own.data_file {
+                    data.insert("data-file".into(), json!(file.name));
+                    data.insert("data-file-raw".into(), json!(file.raw));
                 }
                 data.insert("corrupt".into(), json!(own.corrupt));
                 data.insert("extended-l2".into(), json!(own.extended_l2));
@@ -215,6 +224,9 @@ impl Described {
         if let Some(bytes) = self.cluster_size {
             top.insert("cluster-size".into(), json!(bytes));
         }
+        if self.encrypted {
+            top.insert("encrypted".into(), json!(true));
+        }
         top.insert("format".into(), json!(self.format));
         if let Some(bytes) = self.disk_size {
             top.insert("actual-size".into(), json!(bytes));
@@ -225,7 +237,7 @@ impl Described {
 }
 
 /// The lines that say what only QCOW2 has.
-pub(crate) fn specific(own: Qcow2Info, bitmaps: &[Bitmap]) -> Vec<String> {
+pub(crate) fn specific(own: &Qcow2Info, bitmaps: &[Bitmap]) -> Vec<String> {
     let mut lines = vec![
         "Format specific information:".to_owned(),
         format!("    compat: {}", compat(own)),
@@ -244,6 +256,10 @@ pub(crate) fn specific(own: Qcow2Info, bitmaps: &[Bitmap]) -> Vec<String> {
         lines.push(format!("            name: {}\n            granularity: {}", bitmap.name, bitmap.granularity));
     }
     lines.push(format!("    refcount bits: {}", own.refcount_bits));
+    if let Some(file) = &own.data_file {
+        lines.push(format!("    data file: {}", file.name));
+        lines.push(format!("    data file raw: {}", file.raw));
+    }
     if own.version > 2 {
         lines.push(format!("    corrupt: {}", own.corrupt));
         lines.push(format!("    extended l2: {}", own.extended_l2));
@@ -255,11 +271,11 @@ fn flags(bitmap: &Bitmap) -> Vec<&'static str> {
     [(bitmap.in_use, "in-use"), (bitmap.enabled, "auto")].iter().filter(|flag| flag.0).map(|flag| flag.1).collect()
 }
 
-fn compat(own: Qcow2Info) -> &'static str {
+fn compat(own: &Qcow2Info) -> &'static str {
     if own.version == 2 { "0.10" } else { "1.1" }
 }
 
-fn compression(own: Qcow2Info) -> &'static str {
+fn compression(own: &Qcow2Info) -> &'static str {
     match own.compression {
         Compression::Deflate => "zlib",
         Compression::Zstd => "zstd",

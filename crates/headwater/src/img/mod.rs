@@ -8,6 +8,7 @@ mod compare;
 mod convert;
 mod copy;
 pub(crate) mod create;
+mod data_file;
 mod dd;
 pub(crate) mod info;
 pub(crate) mod map;

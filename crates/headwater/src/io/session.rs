@@ -229,7 +229,7 @@ impl Session {
             println!("cluster size: {}", with_unit(bytes as f64));
         }
         if let Some(own) = info.qcow2 {
-            println!("{}", crate::img::info::specific(own, &[]).join("\n"));
+            println!("{}", crate::img::info::specific(&own, &[]).join("\n"));
         }
         Ok(())
     }

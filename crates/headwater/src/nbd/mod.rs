@@ -5,23 +5,15 @@ mod list;
 
 use crate::exit::{Exit, Outcome};
 use crate::images::{self, Look, Naming};
-use crate::tool;
+use crate::{background, tool};
 use control::{CacheMode, DiskSpec, Engine, EngineConfig};
 use disk::chain::Opener;
 use export::nbd::Address;
 use image::create::CreateOptions;
 use image::{BackingRef, Format};
 use std::path::PathBuf;
-use std::process::{Command, Stdio};
-use std::time::{Duration, Instant};
 use store::ailing::Ailments;
 use tokio::signal::unix::{SignalKind, signal};
-
-/// How long a daemon may take to stand.
-const PATIENCE: Duration = Duration::from_secs(30);
-
-/// Set for a server that runs in the background.
-const DETACHED: &str = "HEADWATER_DETACHED";
 
 #[derive(clap::Args)]
 #[expect(clippy::struct_excessive_bools, reason = "a command line is made of switches")]
@@ -109,7 +101,7 @@ pub(crate) fn run(args: &Args) -> Outcome {
     let cache = if args.nocache { Some(CacheMode::None) } else { CacheMode::from_name(&args.cache) };
     let cache = cache.ok_or_else(|| format!("Invalid cache mode '{}'", args.cache))?;
     if args.fork {
-        return go_into_the_background(args);
+        return background::start("--fork", "--pid-file", args.pid_file.as_deref(), "nbd");
     }
     let temporary = if args.snapshot { Some(overlay(&named, &look)?) } else { None };
     let file = temporary.as_ref().map_or_else(|| named.clone(), |(_, file)| file.clone());
@@ -156,12 +148,8 @@ async fn serve(args: &Args, spec: DiskSpec, address: Address) -> Result<(), Stri
         }
     };
     let started = started.await;
-    if started.is_ok() && std::env::var_os(DETACHED).is_some() {
-        // Whoever reads what the command said is done when it is; a server's own descriptor would keep them waiting.
-        let nothing = std::fs::OpenOptions::new().write(true).open("/dev/null");
-        let _ = nothing.map(|nothing| rustix::stdio::dup2_stderr(&nothing));
-    }
     if started.is_ok() {
+        background::stands();
         let signalled = futures_util::future::select_all(ends.iter_mut().map(|end| Box::pin(end.recv())));
         let left = async {
             if args.persistent {
@@ -186,38 +174,6 @@ async fn serve(args: &Args, spec: DiskSpec, address: Address) -> Result<(), Stri
         let _ = std::fs::remove_file(path);
     }
     started.and(ended)
-}
-
-/// Starts the same once more, detached, and waits until it stands.
-fn go_into_the_background(args: &Args) -> Outcome {
-    let dir = tempfile::tempdir().map_err(|error| error.to_string())?;
-    let pid_file = args.pid_file.clone().unwrap_or_else(|| dir.path().join("pid"));
-    let mut words: Vec<std::ffi::OsString> = std::env::args_os().skip(1).filter(|word| word != "--fork").collect();
-    if args.pid_file.is_none() {
-        let at = usize::from(words.first().is_some_and(|word| word == "nbd"));
-        words.insert(at, pid_file.clone().into());
-        words.insert(at, "--pid-file".into());
-    }
-    let _ = std::fs::remove_file(&pid_file);
-    let program = std::env::current_exe().map_err(|error| error.to_string())?;
-    let mut command = Command::new(program);
-    std::os::unix::process::CommandExt::arg0(&mut command, std::env::args_os().next().unwrap_or_default());
-    std::os::unix::process::CommandExt::process_group(&mut command, 0);
-    let child = command.env(DETACHED, "1").args(words).stdin(Stdio::null()).stdout(Stdio::null()).spawn();
-    let mut child = child.map_err(|error| format!("could not start: {error}"))?;
-    let began = Instant::now();
-    while began.elapsed() < PATIENCE {
-        if std::fs::read_to_string(&pid_file).is_ok_and(|text| text.ends_with('\n')) {
-            return Ok(Exit::Ok);
-        }
-        if child.try_wait().map_err(|error| error.to_string())?.is_some() {
-            // It said why itself.
-            return Ok(Exit::Failed);
-        }
-        std::thread::sleep(Duration::from_millis(10));
-    }
-    tool::complain("the server does not stand yet; it is left running");
-    Ok(Exit::Failed)
 }
 
 /// An empty image over `file`, which goes away with the folder.

@@ -42,11 +42,7 @@ struct GridImage {
 /// Opens the image in `store`, whose format is one of these.
 pub(crate) async fn open(store: Rc<dyn Store>, format: Format, options: OpenOptions) -> Result<Rc<dyn Image>> {
     if !options.read_only {
-        let what = format!(
-            "{format} images are read, not written: open it read-only, put an overlay over it ('headwater create -f qcow2 -b \
-             IMAGE -F {format} OVERLAY'), or convert it ('headwater img convert -O qcow2')"
-        );
-        return Err(Error::new(ErrorKind::ReadOnly, store.name(), None, what));
+        return Err(only_read(&*store, format));
     }
     let grid = match format {
         Format::Vdi => vdi::open(&*store).await?,
@@ -56,8 +52,17 @@ pub(crate) async fn open(store: Rc<dyn Store>, format: Format, options: OpenOpti
     Ok(Rc::new(GridImage { store, format, grid }))
 }
 
+/// Such images are not written.
+pub(crate) fn only_read(store: &dyn Store, format: Format) -> Error {
+    let what = format!(
+        "{format} images are read, not written: open it read-only, put an overlay over it ('headwater create -f qcow2 -b \
+         IMAGE -F {format} OVERLAY'), or convert it ('headwater img convert -O qcow2')"
+    );
+    Error::new(ErrorKind::ReadOnly, store.name(), None, what)
+}
+
 /// A header's error as a user sees it.
-fn damaged(store: &dyn Store, error: &layout::field::Error) -> Error {
+pub(crate) fn damaged(store: &dyn Store, error: &layout::field::Error) -> Error {
     let kind = match error.kind() {
         layout::field::ErrorKind::Unsupported => ErrorKind::Unsupported,
         _ => ErrorKind::Corrupt,
@@ -65,7 +70,7 @@ fn damaged(store: &dyn Store, error: &layout::field::Error) -> Error {
     Error::new(kind, store.name(), Some(error.offset()), format!("the image cannot be opened: {error}"))
 }
 
-async fn read(store: &dyn Store, range: HostRange) -> Result<Vec<u8>> {
+pub(crate) async fn read(store: &dyn Store, range: HostRange) -> Result<Vec<u8>> {
     let bytes = Iov::alloc(range.len() as usize);
     store.read(range.start(), bytes.clone()).await?;
     Ok(bytes.to_vec())

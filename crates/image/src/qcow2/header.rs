@@ -9,7 +9,7 @@
 use super::Core;
 use super::resolve::Table;
 use crate::{BackingRef, ErrorKind, Format, Keep, Purpose, Result};
-use layout::qcow2::{Extension, Extensions, Header, L2Entry, MAX_BACKING_NAME, Slice};
+use layout::qcow2::{COPIED, Extension, Extensions, Header, L2Entry, MAX_BACKING_NAME, OFFSET, Slice};
 use layout::{GuestOffset, GuestRange, HostOffset, HostRange};
 use ring::Iov;
 use std::ops::Range;
@@ -93,6 +93,10 @@ impl Core {
         self.health.check_writable()?;
         if let Some(backing) = &backing {
             check_backing(self.store.name(), backing)?;
+            if self.header.get().data_file_is_raw() {
+                let what = "an image with a raw data file cannot have a backing file";
+                return Err(self.health.error(ErrorKind::Unsupported, None, what));
+            }
         }
         self.commit().await?;
         let mut zone = self.zone.lock().await;
@@ -183,6 +187,7 @@ impl Core {
         self.zero_rest_of_last_cluster(old).await?;
         self.commit().await?;
         self.lengthen_l1(size).await?;
+        self.lengthen_data_file(old, size).await?;
         let mut zone = self.zone.lock().await;
         let header = Header { size, ..self.header.get() };
         if self.resize_bitmaps(&mut zone, header).await? {
@@ -304,7 +309,8 @@ impl Core {
                 let raw = slice.raw()[word];
                 // In version 2 marks are clusters of zeros; they are not told from others.
                 let marks_have_places = header.version < 3;
-                if !L2Entry::referred(raw, &header).is_empty() && !marks_have_places {
+                let outside = header.has_data_file() && raw & (OFFSET | COPIED) != 0;
+                if outside || !L2Entry::referred(raw, &header).is_empty() && !marks_have_places {
                     let what = "a table has data behind the end of the disk; check and repair the image";
                     return Err(self.health.corrupt(table + word as u64 * 8, what));
                 }
@@ -328,7 +334,7 @@ impl Core {
             }
         };
         if let crate::Mapping::Data(host) = mapped.mapping {
-            self.store.zero((host + 1).range(rest), store::ZeroMode::default()).await?;
+            self.payload.zero((host + 1).range(rest), store::ZeroMode::default()).await?;
         }
         Ok(())
     }

@@ -236,6 +236,9 @@ impl Scan {
 
     /// Counts plain clusters that lie one behind the other, if nothing is wrong with any of them.
     fn count_run(&mut self, raw: u64, run: u64, header: &Header, owner: Owner) -> Walk<bool> {
+        if header.has_data_file() {
+            return Ok(false);
+        }
         let at = raw & OFFSET;
         let first = at >> header.cluster_bits;
         let sound = at != 0 && at.is_multiple_of(header.cluster_size()) && first + run <= self.clusters;
@@ -255,6 +258,8 @@ impl Scan {
     fn count_entry(&mut self, entry: L2Entry, raw: u64, header: &Header, owner: Owner) -> Walk<Option<Flaw>> {
         let range = L2Entry::referred(raw, header);
         if range.is_empty() {
+            let outside = header.has_data_file() && raw & OFFSET | raw & COPIED != 0;
+            self.report.allocated_clusters += u64::from(outside && owner == Owner::Active);
             return Ok(None);
         }
         let clusters = range.start().get() >> header.cluster_bits..range.end().get() >> header.cluster_bits;

@@ -23,7 +23,8 @@ impl Core {
         }
         drop(zone);
         self.unlink_from(GuestOffset(size).align_up(header.cluster_size())).await?;
-        self.settle().await
+        self.settle().await?;
+        self.shorten_data_file(size).await
     }
 
     /// See [`crate::Image::empty`].

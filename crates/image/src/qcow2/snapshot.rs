@@ -54,6 +54,7 @@ impl Core {
     /// See [`crate::Image::snapshot`].
     pub(super) async fn snapshot(self: &Rc<Self>, action: SnapshotAction) -> Result<()> {
         self.health.check_writable()?;
+        self.check_no_data_file("internal snapshots")?;
         if self.active.get() > 0 {
             let what = "the image is being written to; take snapshots of it when it is idle";
             return Err(self.health.error(ErrorKind::Busy, None, what));

@@ -11,7 +11,7 @@ mod create;
 mod open;
 
 pub(crate) use create::{create, validate};
-pub(crate) use open::open;
+pub(crate) use open::{open, open_as};
 
 use crate::create::Preallocation;
 use crate::{
@@ -35,6 +35,8 @@ pub(crate) struct RawImage {
     store: Rc<dyn Store>,
     read_only: bool,
     size: Cell<u64>,
+    /// What the bytes lie in.
+    format: Format,
     poison: RefCell<Option<Error>>,
 }
 
@@ -72,7 +74,7 @@ impl RawImage {
 
 impl Image for RawImage {
     fn format(&self) -> Format {
-        Format::Raw
+        self.format
     }
 
     fn store(&self) -> &Rc<dyn Store> {

@@ -181,7 +181,13 @@ impl NbdStore {
         range: HostRange,
         payload: Iov,
     ) -> Result<Answer> {
-        let mut again = matches!(command, Command::Read | Command::BlockStatus);
+        let clean = || self.written.get() == self.flushed.get() && self.changing.get() == 0;
+        // What changes nothing, and a flush that has nothing to make durable, may be asked of another connection.
+        let mut again = match command {
+            Command::Read | Command::BlockStatus => true,
+            Command::Flush => clean(),
+            _ => false,
+        };
         loop {
             let link = self.link(operation).await?;
             let (at, len) = (range.start().get(), range.len() as u32);
@@ -190,6 +196,10 @@ impl NbdStore {
                 Ok(Err(failure)) => return Err(self.refused(operation, Some(range), &failure)),
                 Err(Broken(why)) => {
                     self.lost(&why);
+                    if !matches!(command, Command::Read | Command::BlockStatus) {
+                        // Not even a flush that is asked again may call durable what is lost.
+                        self.writable(operation, Some(range))?;
+                    }
                     if !std::mem::take(&mut again) {
                         return Err(self.error(ErrorKind::Unavailable, operation, Some(range), why));
                     }
@@ -200,7 +210,7 @@ impl NbdStore {
 
     /// A connection broke: what was written over it may be lost, or still to come.
     fn lost(&self, why: &str) {
-        if self.written.get() > self.flushed.get() || self.changing.get() > 0 {
+        if self.written.get() != self.flushed.get() || self.changing.get() > 0 {
             let what = format!("the connection broke with writes that were not flushed ({why})");
             self.poison(&self.error(ErrorKind::Io, Operation::Flush, None, what));
         }
