@@ -64,7 +64,29 @@ const STREAM: &[Member] = &[
 /// Addresses in their older form, with what they say in `data`, or plain.
 const ADDRESS: Kind = Kind::Open(&[needs("type", Kind::Text)]);
 
-const EXPORT: &[Member] = &[needs("type", Kind::Text), needs("id", Kind::Text), needs("node-name", Kind::Text)];
+/// What an export of either type takes; each takes more of its own.
+const EXPORT: &[Member] = &[
+    needs("type", Kind::Word(&["nbd", "vhost-user-blk"])),
+    needs("id", Kind::Text),
+    needs("node-name", Kind::Text),
+    may("writable", Kind::Flag),
+    may("writethrough", Kind::Flag),
+    may("iothread", Kind::Text),
+    may("fixed-iothread", Kind::Flag),
+    may("allow-inactive", Kind::Flag),
+];
+
+/// What a node of any driver takes; each takes more of its own. Switches may be words, as command lines have them.
+const NODE: &[Member] = &[
+    needs("driver", Kind::Text),
+    may("node-name", Kind::Text),
+    may("read-only", Kind::Any),
+    may("auto-read-only", Kind::Any),
+    may("force-share", Kind::Any),
+    may("cache", Kind::Any),
+    may("discard", Kind::Text),
+    may("detect-zeroes", Kind::Text),
+];
 
 const MODE: Kind = Kind::Word(&["safe", "hard"]);
 
@@ -90,7 +112,7 @@ const COMMANDS: &[Command] = &[
     command("query-blockstats", &[may("query-nodes", Kind::Flag)], LIST, run!(query::block_stats)),
     command("query-block-jobs", &[], LIST, run!(jobs::query_block_jobs)),
     command("query-jobs", &[], LIST, run!(jobs::query_jobs)),
-    open("blockdev-add", &[needs("driver", Kind::Text), may("node-name", Kind::Text)], NOTHING, run!(nodes::add)),
+    open("blockdev-add", NODE, NOTHING, run!(nodes::add)),
     command("blockdev-del", &[needs("node-name", Kind::Text)], NOTHING, run!(nodes::remove)),
     command(
         "block_resize",
