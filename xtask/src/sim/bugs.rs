@@ -211,7 +211,7 @@ pub(super) const BUGS: &[Bug] = &[
         name: "QCOW2: a mapping is published before its data and refcounts are durable",
         edits: &[edit(
             QCOW2_COMMIT,
-            "        self.write_refcounts(zone).await?;\n        self.health.barrier().await?;\n",
+            "        self.write_refcounts(zone).await?;\n        self.data_barrier().await?;\n",
             "        self.write_refcounts(zone).await?;\n",
         )],
     },
