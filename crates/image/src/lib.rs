@@ -25,6 +25,8 @@ pub mod create;
 pub mod error;
 mod grid;
 mod health;
+mod kept;
+mod master;
 pub mod open;
 pub mod probe;
 pub mod qcow2;

@@ -58,6 +58,7 @@ pub use open::open_with_table_memory;
 use crate::commits::Commits;
 use crate::create::Preallocation;
 use crate::health::Health;
+use crate::kept::Kept;
 use crate::reservation::Active;
 use crate::room::Room;
 use crate::slices::Shelf;
@@ -77,7 +78,6 @@ use std::cell::{Cell, RefCell};
 use std::collections::BTreeSet;
 use std::rc::Rc;
 use store::Store;
-use unpack::Kept;
 
 /// Bytes of a table that are read, kept and written together (a whole table where it is smaller).
 const SLICE_BYTES: u64 = 4096;

@@ -11,40 +11,8 @@ use flate2::{Decompress, FlushDecompress};
 use layout::qcow2::{Compression, Packed};
 use layout::{GuestOffset, GuestRange};
 use ring::Iov;
-use std::collections::VecDeque;
 use std::io::Read;
 use std::rc::Rc;
-
-/// Unpacked clusters that are kept, bytes (one in any case).
-pub(super) const KEPT_BYTES: usize = 4 << 20;
-
-/// The last clusters that were unpacked, oldest first.
-#[derive(Default)]
-pub(super) struct Kept {
-    clusters: VecDeque<(GuestOffset, Rc<[u8]>)>,
-    bytes: usize,
-}
-
-impl Kept {
-    fn get(&self, cluster: GuestOffset) -> Option<Rc<[u8]>> {
-        self.clusters.iter().rev().find(|(at, _)| *at == cluster).map(|(_, bytes)| Rc::clone(bytes))
-    }
-
-    /// What the cluster held is no longer so.
-    pub(super) fn forget(&mut self, cluster: GuestOffset) {
-        if let Some(at) = self.clusters.iter().position(|(kept, _)| *kept == cluster) {
-            self.bytes -= self.clusters.remove(at).map_or(0, |(_, bytes)| bytes.len());
-        }
-    }
-
-    fn put(&mut self, cluster: GuestOffset, bytes: Rc<[u8]>) {
-        self.bytes += bytes.len();
-        self.clusters.push_back((cluster, bytes));
-        while self.bytes > KEPT_BYTES && self.clusters.len() > 1 {
-            self.bytes -= self.clusters.pop_front().map_or(0, |(_, bytes)| bytes.len());
-        }
-    }
-}
 
 impl Core {
     /// Reads `range`, all of it in packed clusters, into `into`, which is as long.
@@ -152,17 +120,5 @@ mod tests {
             let bomb = packed(how, &vec![0; 8 << 20]);
             assert!(unpack(how, &bomb, 4096).is_ok_and(|cluster| cluster == [0; 4096]) || how == Compression::Deflate);
         }
-    }
-
-    #[test]
-    fn the_last_few_are_kept() {
-        let mut kept = Kept::default();
-        for n in 0..100_u64 {
-            kept.put(GuestOffset(n << 16), vec![0; 65536].into());
-        }
-        assert!(kept.bytes <= KEPT_BYTES && kept.get(GuestOffset(99 << 16)).is_some());
-        assert!(kept.get(GuestOffset(0)).is_none());
-        kept.put(GuestOffset(0), vec![0; 2 * KEPT_BYTES].into());
-        assert_eq!(kept.clusters.len(), 1, "one in any case");
     }
 }
