@@ -5,6 +5,7 @@
 
 pub mod addr;
 pub mod field;
+mod number;
 pub mod parallels;
 pub mod qcow2;
 pub mod qed;

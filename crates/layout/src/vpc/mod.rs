@@ -2,6 +2,7 @@
 //! file; in dynamic images a copy of it in front, a header, and a table with the sector of each block. All numbers are big-endian.
 
 use crate::field::{Error, ErrorKind};
+use crate::number::{be32, be64};
 use crate::{HostOffset, HostRange};
 
 /// Bytes of a footer.
@@ -22,14 +23,6 @@ const EXACT: [&[u8; 4]; 5] = [b"win ", b"qem2", b"d2v ", b"tap\0", b"vs  "];
 /// The largest geometry there is: what is larger says its size in bytes.
 const LARGEST: u64 = 65535 * 16 * 255;
 
-fn u32_at(bytes: &[u8], at: usize) -> u32 {
-    bytes.get(at..at + 4).and_then(|b| b.first_chunk()).map_or(0, |b| u32::from_be_bytes(*b))
-}
-
-fn u64_at(bytes: &[u8], at: usize) -> u64 {
-    bytes.get(at..at + 8).and_then(|b| b.first_chunk()).map_or(0, |b| u64::from_be_bytes(*b))
-}
-
 fn fail<T>(kind: ErrorKind, field: &'static str, at: u64, value: u64, why: &'static str) -> Result<T, Error> {
     Err(Error::new(kind, field, at, value, why))
 }
@@ -47,12 +40,12 @@ impl Footer {
     /// From the bytes of a footer, which lie at `base`.
     pub fn decode(bytes: &[u8], base: u64) -> Result<Self, Error> {
         if bytes.len() < FOOTER_BYTES || bytes[..8] != COOKIE {
-            return fail(ErrorKind::Foreign, "cookie", base, u64_at(bytes, 0), "not a VHD image");
+            return fail(ErrorKind::Foreign, "cookie", base, be64(bytes, 0), "not a VHD image");
         }
-        let kind = u32_at(bytes, 60);
+        let kind = be32(bytes, 60);
         let header = match kind {
             2 => None,
-            3 => Some(HostOffset(u64_at(bytes, 16))),
+            3 => Some(HostOffset(be64(bytes, 16))),
             4 => {
                 return fail(ErrorKind::Unsupported, "type", base + 60, 4, "differencing images are not supported");
             }
@@ -61,7 +54,7 @@ impl Footer {
         let (cylinders, heads, sectors) = (u64::from(bytes[56]) << 8 | u64::from(bytes[57]), bytes[58], bytes[59]);
         let geometry = cylinders * u64::from(heads) * u64::from(sectors);
         let exact = EXACT.iter().any(|name| bytes[28..32] == name[..]) || geometry == LARGEST;
-        let size = if exact { u64_at(bytes, 48) } else { geometry * 512 };
+        let size = if exact { be64(bytes, 48) } else { geometry * 512 };
         if size > i64::MAX as u64 / 2 {
             return fail(ErrorKind::Invalid, "current size", base + 48, size, "larger than any disk");
         }
@@ -83,9 +76,9 @@ impl Header {
     /// From its bytes, which lie at `base`, of an image of `size` bytes.
     pub fn decode(bytes: &[u8], base: u64, size: u64) -> Result<Self, Error> {
         if bytes.get(..8) != Some(b"cxsparse") {
-            return fail(ErrorKind::Invalid, "cookie", base, u64_at(bytes, 0), "no header of a dynamic image");
+            return fail(ErrorKind::Invalid, "cookie", base, be64(bytes, 0), "no header of a dynamic image");
         }
-        let (block, blocks, table) = (u64::from(u32_at(bytes, 32)), u32_at(bytes, 28), u64_at(bytes, 16));
+        let (block, blocks, table) = (u64::from(be32(bytes, 32)), be32(bytes, 28), be64(bytes, 16));
         if !block.is_power_of_two() || !(512..=1 << 30).contains(&block) {
             return fail(ErrorKind::Invalid, "block size", base + 32, block, "no size of a block");
         }
