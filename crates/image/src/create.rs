@@ -47,8 +47,8 @@ pub fn validate(options: &CreateOptions) -> Result<Vec<String>> {
     match options.format {
         Format::Raw => crate::raw::validate(options),
         Format::Qcow2 => qcow2::validate(options),
-        Format::Vdi | Format::Vpc | Format::Parallels => Err(unwritten(options.format)),
         Format::Qed => crate::qed::validate(options),
+        format => Err(unwritten(format)),
     }
 }
 
@@ -57,8 +57,8 @@ pub async fn create(store: Rc<dyn Store>, options: &CreateOptions) -> Result<()>
     match options.format {
         Format::Raw => crate::raw::create(store, options).await,
         Format::Qcow2 => qcow2::create(store, options).await,
-        Format::Vdi | Format::Vpc | Format::Parallels => Err(unwritten(options.format)),
         Format::Qed => crate::qed::create(store, options).await,
+        format => Err(unwritten(format)),
     }
 }
 

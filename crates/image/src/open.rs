@@ -70,5 +70,6 @@ pub async fn open_in(
         Format::Qcow2 => crate::qcow2::open(store, options).await,
         Format::Vdi | Format::Vpc | Format::Parallels => crate::grid::open(store, format, options).await,
         Format::Qed => crate::qed::open(store, options).await,
+        Format::Qcow => crate::qcow::open(store, options).await,
     }
 }

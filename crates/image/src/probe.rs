@@ -24,9 +24,14 @@ pub enum Format {
     Vpc,
     /// Parallels', read only.
     Parallels,
+    /// QCOW version 1, read only.
+    Qcow,
 }
 
 impl Format {
+    /// All of them: first those that are written, too.
+    pub const ALL: [Self; 7] = [Self::Raw, Self::Qed, Self::Qcow2, Self::Vdi, Self::Vpc, Self::Parallels, Self::Qcow];
+
     /// The name users write: `raw`, `qed`.
     pub fn name(self) -> &'static str {
         match self {
@@ -36,20 +41,18 @@ impl Format {
             Self::Vdi => "vdi",
             Self::Vpc => "vpc",
             Self::Parallels => "parallels",
+            Self::Qcow => "qcow",
         }
     }
 
     /// From the name users write.
     pub fn from_name(name: &str) -> Option<Self> {
-        match name {
-            "raw" => Some(Self::Raw),
-            "qed" => Some(Self::Qed),
-            "qcow2" => Some(Self::Qcow2),
-            "vdi" => Some(Self::Vdi),
-            "vpc" => Some(Self::Vpc),
-            "parallels" => Some(Self::Parallels),
-            _ => None,
-        }
+        Self::ALL.into_iter().find(|format| format.name() == name)
+    }
+
+    /// Whether images of it are made and written, not only read.
+    pub fn is_written(self) -> bool {
+        matches!(self, Self::Raw | Self::Qed | Self::Qcow2)
     }
 }
 
@@ -60,8 +63,7 @@ impl fmt::Display for Format {
 }
 
 /// Formats that are recognised by their first bytes, and not served: offset, bytes, name.
-const FOREIGN: [(usize, &[u8], &str); 12] = [
-    (0, b"QFI\xfb\0\0\0\x01", "QCOW (version 1)"),
+const FOREIGN: [(usize, &[u8], &str); 11] = [
     (0, b"KDMV", "VMDK"),
     (0, b"COWD", "VMDK (version 3)"),
     (0, b"# Disk DescriptorFile", "VMDK (descriptor)"),
@@ -91,7 +93,10 @@ pub async fn probe(store: &dyn Store) -> Result<Format> {
         return Ok(Format::Qed);
     }
     // Version 1 has the same magic and is another format.
-    if head.starts_with(&layout::qcow2::MAGIC) && head[4..8] != [0, 0, 0, 1] {
+    if head.starts_with(&layout::qcow::MAGIC) {
+        return Ok(Format::Qcow);
+    }
+    if head.starts_with(&layout::qcow2::MAGIC) {
         return Ok(Format::Qcow2);
     }
     if head.starts_with(&layout::vpc::COOKIE) {
@@ -143,7 +148,17 @@ mod tests {
         assert_eq!(probed(b"").unwrap(), Format::Raw);
         assert_eq!(probed(b"QED\0").unwrap(), Format::Qed);
         assert_eq!(probed(b"QFI\xfb\0\0\0\x03").unwrap(), Format::Qcow2);
+        assert_eq!(probed(b"QFI\xfb\0\0\0\x02").unwrap(), Format::Qcow2);
+        assert_eq!(probed(b"QFI\xfb\0\0\0\x01").unwrap(), Format::Qcow);
         assert_eq!(probed(&[0; 4096]).unwrap(), Format::Raw);
+    }
+
+    #[test]
+    fn every_format_has_its_name() {
+        for format in Format::ALL {
+            assert_eq!(Format::from_name(format.name()), Some(format));
+        }
+        assert_eq!(Format::from_name("QCOW2"), None);
     }
 
     #[test]

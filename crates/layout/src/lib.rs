@@ -7,6 +7,7 @@ pub mod addr;
 pub mod field;
 mod number;
 pub mod parallels;
+pub mod qcow;
 pub mod qcow2;
 pub mod qed;
 pub mod vdi;

@@ -52,6 +52,7 @@ pub(crate) fn run(args: &Args) -> Outcome {
         let image = chain.first().ok_or("no image")?.image.clone();
         let unchecked = match image.format() {
             Format::Raw => Some("This image format does not support checks"),
+            format if !format.is_written() => Some("This image format does not support checks"),
             _ => None,
         };
         if let Some(why) = unchecked {

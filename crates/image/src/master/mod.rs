@@ -26,6 +26,9 @@ use store::Store;
 /// Pieces that one look-up joins at most.
 const LOOKUP_STEPS: usize = 1024;
 
+/// How much of a table one read brings.
+const READ_BYTES: u64 = 1 << 20;
+
 /// What a format that is only read says of an open image.
 pub(crate) trait Master: 'static {
     /// Which format.
@@ -96,6 +99,23 @@ pub(crate) async fn read(store: &dyn Store, range: HostRange) -> Result<Vec<u8>>
     let bytes = Iov::alloc(range.len() as usize);
     store.read(range.start(), bytes.clone()).await?;
     Ok(bytes.to_vec())
+}
+
+/// Reads a table (`what`) that is held in memory as a whole: of `most` bytes at most, and within the file.
+pub(crate) async fn read_table(store: &dyn Store, table: HostRange, most: u64, what: &str) -> Result<Vec<u8>> {
+    within(store, table, what)?;
+    if table.len() > most {
+        let what = format!("{what} has {} bytes; at most {most} are held in memory", table.len());
+        return Err(Error::new(ErrorKind::Unsupported, store.name(), Some(table.start()), what));
+    }
+    let mut bytes = Vec::with_capacity(table.len() as usize);
+    let mut rest = table;
+    while !rest.is_empty() {
+        let part = rest.first(READ_BYTES);
+        bytes.extend(read(store, part).await?);
+        rest = rest.skip(part.len());
+    }
+    Ok(bytes)
 }
 
 /// Checks that a table (`what`) lies within the file.

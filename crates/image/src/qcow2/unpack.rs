@@ -6,8 +6,8 @@
 
 use super::Core;
 use super::resolve::Piece;
+use crate::inflate::inflate;
 use crate::{ErrorKind, Result};
-use flate2::{Decompress, FlushDecompress};
 use layout::qcow2::{Compression, Packed};
 use layout::{GuestOffset, GuestRange};
 use ring::Iov;
@@ -74,21 +74,21 @@ impl Core {
 
 /// Unpacks one cluster of `size` bytes. What follows the stream is somebody else's.
 fn unpack(how: Compression, stream: &[u8], size: usize) -> std::result::Result<Vec<u8>, String> {
-    let mut cluster = vec![0; size];
     match how {
         Compression::Deflate => {
-            let mut inflate = Decompress::new(false);
-            inflate.decompress(stream, &mut cluster, FlushDecompress::Finish).map_err(|error| error.to_string())?;
-            if inflate.total_out() != size as u64 {
-                return Err(format!("it has {} bytes, not {size}", inflate.total_out()));
+            let cluster = inflate(stream, false, size)?;
+            match cluster.len() {
+                len if len == size => Ok(cluster),
+                len => Err(format!("it has {len} bytes, not {size}")),
             }
         }
         Compression::Zstd => {
             let frame = zstd::stream::read::Decoder::with_buffer(stream).map_err(|error| error.to_string())?;
+            let mut cluster = vec![0; size];
             frame.single_frame().read_exact(&mut cluster).map_err(|error| error.to_string())?;
+            Ok(cluster)
         }
     }
-    Ok(cluster)
 }
 
 #[cfg(test)]
