@@ -1,7 +1,7 @@
 //! Places that hold bytes. Floor 2: a store knows nothing of what its bytes mean.
 //!
 //! The contract is [`Store`]. [`mod@file`] holds a local file or block device, [`memory`] holds bytes in memory; [`fault`] and
-//! [`trace`] are decorators around any of them.
+//! [`trace`] are decorators around any of them, [`joined`] is several of them as one.
 #![forbid(unsafe_code)]
 
 mod abandoned;
@@ -9,6 +9,7 @@ pub mod ailing;
 pub mod error;
 pub mod fault;
 pub mod file;
+pub mod joined;
 pub mod memory;
 pub mod trace;
 
