@@ -40,6 +40,7 @@ mod slices;
 pub mod snapshot;
 mod space;
 mod tables;
+mod vmdk;
 
 pub use backing::BackingRef;
 pub use check::{CheckReport, Repair};
@@ -148,6 +149,22 @@ pub trait Image: 'static {
     /// decides what a probe finds.
     fn may_probe_backing(&self) -> bool {
         true
+    }
+
+    /// What images made over this one record of it, so that they notice when it was changed or is another one; `None` where the
+    /// format has nothing of the kind.
+    fn identity(&self) -> Option<String> {
+        None
+    }
+
+    /// What [`Image::identity`] the backing file must have, if this image recorded one.
+    fn backing_identity(&self) -> Option<String> {
+        None
+    }
+
+    /// Whether its data may be a hole of its store, which [`Store::extent`] tells: where a disk's bytes lie in a file as they are.
+    fn lies_plainly(&self) -> bool {
+        self.format() == Format::Raw
     }
 
     /// Brings the tables into memory that `lookup` needs for the start of `range`. Single-flight. A caller alternates

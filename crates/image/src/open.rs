@@ -63,7 +63,7 @@ pub async fn open_in(
     store: Rc<dyn Store>,
     format: Format,
     options: OpenOptions,
-    _surroundings: Surroundings<'_>,
+    surroundings: Surroundings<'_>,
 ) -> Result<Rc<dyn Image>> {
     match format {
         Format::Raw => crate::raw::open(store, options),
@@ -71,5 +71,6 @@ pub async fn open_in(
         Format::Vdi | Format::Vpc | Format::Parallels => crate::grid::open(store, format, options).await,
         Format::Qed => crate::qed::open(store, options).await,
         Format::Qcow => crate::qcow::open(store, options).await,
+        Format::Vmdk => crate::vmdk::open(store, options, surroundings.companions).await,
     }
 }

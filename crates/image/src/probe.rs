@@ -26,11 +26,14 @@ pub enum Format {
     Parallels,
     /// QCOW version 1, read only.
     Qcow,
+    /// VMware's, read only.
+    Vmdk,
 }
 
 impl Format {
     /// All of them: first those that are written, too.
-    pub const ALL: [Self; 7] = [Self::Raw, Self::Qed, Self::Qcow2, Self::Vdi, Self::Vpc, Self::Parallels, Self::Qcow];
+    pub const ALL: [Self; 8] =
+        [Self::Raw, Self::Qed, Self::Qcow2, Self::Vdi, Self::Vpc, Self::Parallels, Self::Qcow, Self::Vmdk];
 
     /// The name users write: `raw`, `qed`.
     pub fn name(self) -> &'static str {
@@ -42,6 +45,7 @@ impl Format {
             Self::Vpc => "vpc",
             Self::Parallels => "parallels",
             Self::Qcow => "qcow",
+            Self::Vmdk => "vmdk",
         }
     }
 
@@ -63,10 +67,8 @@ impl fmt::Display for Format {
 }
 
 /// Formats that are recognised by their first bytes, and not served: offset, bytes, name.
-const FOREIGN: [(usize, &[u8], &str); 11] = [
-    (0, b"KDMV", "VMDK"),
+const FOREIGN: [(usize, &[u8], &str); 9] = [
     (0, b"COWD", "VMDK (version 3)"),
-    (0, b"# Disk DescriptorFile", "VMDK (descriptor)"),
     (0, b"vhdxfile", "VHDX"),
     (0, b"LUKS\xba\xbe", "LUKS"),
     (0, b"Bochs Virtual HD Image", "Bochs"),
@@ -83,7 +85,7 @@ const FOREIGN_TAIL: [(&[u8], &str); 1] = [(b"koly", "DMG")];
 /// How many bytes at the start are looked at.
 const HEAD: usize = 512;
 
-/// What the first bytes look like; `Raw` when like nothing known. Formats that are recognised but not served (VMDK, VHDX, …)
+/// What the first bytes look like; `Raw` when like nothing known. Formats that are recognised but not served (VHDX, …)
 /// are an error that names them: serving their bytes as raw would be a guess.
 pub async fn probe(store: &dyn Store) -> Result<Format> {
     let head = Iov::alloc(HEAD);
@@ -101,6 +103,10 @@ pub async fn probe(store: &dyn Store) -> Result<Format> {
     }
     if head.starts_with(&layout::vpc::COOKIE) {
         return Ok(Format::Vpc);
+    }
+    let title = layout::vmdk::descriptor::TITLE;
+    if head.starts_with(&layout::vmdk::header::MAGIC) || head[..title.len()].eq_ignore_ascii_case(title.as_bytes()) {
+        return Ok(Format::Vmdk);
     }
     if head[layout::vdi::SIGNATURE_AT..].starts_with(&layout::vdi::SIGNATURE) {
         return Ok(Format::Vdi);
@@ -150,6 +156,8 @@ mod tests {
         assert_eq!(probed(b"QFI\xfb\0\0\0\x03").unwrap(), Format::Qcow2);
         assert_eq!(probed(b"QFI\xfb\0\0\0\x02").unwrap(), Format::Qcow2);
         assert_eq!(probed(b"QFI\xfb\0\0\0\x01").unwrap(), Format::Qcow);
+        assert_eq!(probed(b"KDMV").unwrap(), Format::Vmdk);
+        assert_eq!(probed(b"# disk descriptorfile\n").unwrap(), Format::Vmdk);
         assert_eq!(probed(&[0; 4096]).unwrap(), Format::Raw);
     }
 

@@ -11,6 +11,7 @@ pub mod qcow;
 pub mod qcow2;
 pub mod qed;
 pub mod vdi;
+pub mod vmdk;
 pub mod vpc;
 
 pub use addr::{GuestOffset, GuestRange, HostOffset, HostRange};

@@ -4,6 +4,10 @@ fn chunk<const N: usize>(bytes: &[u8], at: usize) -> [u8; N] {
     bytes.get(at..).and_then(|rest| rest.first_chunk()).copied().unwrap_or([0; N])
 }
 
+pub(crate) fn le16(bytes: &[u8], at: usize) -> u16 {
+    u16::from_le_bytes(chunk(bytes, at))
+}
+
 pub(crate) fn le32(bytes: &[u8], at: usize) -> u32 {
     u32::from_le_bytes(chunk(bytes, at))
 }
@@ -27,7 +31,7 @@ mod tests {
     #[test]
     fn what_is_not_there_is_zero() {
         let bytes = [1, 2, 3, 4, 5];
-        assert_eq!((le32(&bytes, 1), be32(&bytes, 1)), (0x0504_0302, 0x0203_0405));
+        assert_eq!((le16(&bytes, 3), le32(&bytes, 1), be32(&bytes, 1)), (0x504, 0x0504_0302, 0x0203_0405));
         assert_eq!((le32(&bytes, 2), be64(&bytes, 0), le64(&bytes, usize::MAX)), (0, 0, 0));
     }
 }

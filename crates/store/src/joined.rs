@@ -1,7 +1,7 @@
 //! Several stores as one, read only: the files of an image that is made of more than one.
 //!
 //! Each store has a stretch of the addresses for itself, one behind the other. Each begins at a multiple of [`APART`], so that what is
-//! aligned in a store is aligned in the whole, too.
+//! aligned in a store is aligned in the whole, too, and there is a gap between any two: no run of bytes goes on in the next store.
 //!
 //! **Invariants.**
 //! * The order and the lengths of the stores are what they were when they were joined: a file that grows later shows no more.
@@ -51,7 +51,7 @@ impl JoinedStore {
         let mut parts = Vec::with_capacity(stores.len());
         for store in stores {
             let place = start.range(store.size());
-            let next = place.end().align_up(APART);
+            let next = HostOffset(place.end().get().saturating_add(1)).align_up(APART);
             if next.get() > END {
                 let why = "together with the files before it, it is longer than any file can be";
                 return Err(Error::new(ErrorKind::OutOfRange, Operation::Open, store.name(), None, why));
@@ -156,6 +156,17 @@ impl Store for JoinedStore {
         })
     }
 
+    fn locate(&self, at: HostOffset) -> (&str, HostOffset) {
+        match self.pieces(at.range(1)).next() {
+            Some(piece) => (piece.store.name(), piece.at),
+            None => (&self.name, at),
+        }
+    }
+
+    fn files(&self) -> Vec<(&str, u64)> {
+        self.parts.iter().flat_map(|part| part.store.files()).collect()
+    }
+
     fn close(&self) -> IoFuture<'_, ()> {
         Box::pin(async {
             let mut outcome = Ok(());
@@ -178,7 +189,9 @@ mod tests {
         let mut whole = Vec::new();
         let stores = lens.iter().enumerate().map(|(n, len)| {
             let bytes: Vec<u8> = (0..*len).map(|at| (at * 7 + n + 1) as u8 | 1).collect();
-            whole.resize(whole.len().next_multiple_of(APART as usize), 0);
+            if n > 0 {
+                whole.resize((whole.len() + 1).next_multiple_of(APART as usize), 0);
+            }
             whole.extend(&bytes);
             MemoryStore::from_bytes(&format!("part{n}"), &bytes) as Rc<dyn Store>
         });
@@ -189,11 +202,12 @@ mod tests {
     #[test]
     fn it_reads_as_the_stores_one_behind_the_other() {
         let (store, mut whole) = joined(&[1000, 0, 3 << 20, 512]);
-        assert_eq!((store.size(), store.place(2)), (whole.len() as u64, HostOffset(1 << 20).range(3 << 20)));
+        assert_eq!((store.size(), store.place(2)), (whole.len() as u64, HostOffset(2 << 20).range(3 << 20)));
         assert_eq!(store.place(1).len(), 0);
         whole.resize(whole.len() + 2000, 0);
         Sim::new(1).block_on(async {
-            for (at, len) in [(0, 10), (990, 20), (0, whole.len()), ((1 << 20) - 5, 10), (4 << 20, 700), (2000, 3000)] {
+            let borders = [((2 << 20) - 5, 10), ((5 << 20) - 5, 10), ((6 << 20) - 5, 700)];
+            for (at, len) in [(0, 10), (990, 20), (0, whole.len()), (2000, 3000)].into_iter().chain(borders) {
                 let into = Iov::from_slice(&vec![0xee; len]);
                 store.read(HostOffset(at as u64), into.clone()).await.unwrap();
                 assert!(into.to_vec() == whole[at..at + len], "{at} {len}");
@@ -214,6 +228,9 @@ mod tests {
             assert_eq!(extent(1000, 2 << 20).await.map_err(drop), is((1 << 20) - 1000, Backing::Hole));
             assert_eq!(extent((1 << 20) + 6, 10).await.map_err(drop), is(10, Backing::Data));
             assert_eq!(extent(1 << 30, 10).await.map_err(drop), is(10, Backing::Hole));
+            assert_eq!(store.locate(HostOffset((1 << 20) + 6)), ("part1", HostOffset(6)));
+            assert_eq!(store.locate(HostOffset(1000)), ("whole", HostOffset(1000)));
+            assert_eq!(store.files(), [("part0", 1000), ("part1", 4096)]);
         });
     }
 

@@ -119,6 +119,16 @@ pub trait Store: 'static {
     /// The first run of `range` (not empty), all backed alike. Past the end is a hole. A store that cannot tell says data.
     fn extent(&self, range: HostRange) -> IoFuture<'_, HostExtent>;
 
+    /// The file (as messages call it) that holds the byte at `at`, and where that is in it. A store that is one file is that file.
+    fn locate(&self, at: HostOffset) -> (&str, HostOffset) {
+        (self.name(), at)
+    }
+
+    /// The files (as messages call them) that it is made of, and their lengths, for people to look at.
+    fn files(&self) -> Vec<(&str, u64)> {
+        vec![(self.name(), self.size())]
+    }
+
     /// The file whose extents another one may share, if this is a plain file.
     fn sharable(&self) -> Option<Arc<OwnedFd>> {
         None

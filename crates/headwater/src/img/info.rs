@@ -59,14 +59,44 @@ struct Described {
     filename: String,
     format: &'static str,
     virtual_size: u64,
+    /// Of all its files.
     disk_size: Option<u64>,
-    file_length: u64,
+    /// The file that the image is named by, and then others.
+    files: Vec<File>,
     cluster_size: Option<u64>,
     dirty: bool,
     backing: Option<(String, Option<&'static str>, String)>,
     warnings: Vec<String>,
     qcow2: Option<Qcow2Info>,
     snapshots: Vec<Snapshot>,
+}
+
+/// A file that an image is made of.
+struct File {
+    name: String,
+    length: u64,
+    disk_size: Option<u64>,
+}
+
+impl File {
+    /// What QEMU calls it.
+    fn child(number: usize) -> String {
+        if number == 0 { "file".to_owned() } else { format!("extents.{}", number - 1) }
+    }
+
+    fn json(&self) -> Value {
+        let mut file = Map::new();
+        file.insert("children".into(), json!([]));
+        file.insert("virtual-size".into(), json!(self.length));
+        file.insert("filename".into(), json!(self.name));
+        file.insert("format".into(), json!("file"));
+        if let Some(bytes) = self.disk_size {
+            file.insert("actual-size".into(), json!(bytes));
+        }
+        file.insert("format-specific".into(), json!({ "type": "file", "data": {} }));
+        file.insert("dirty-flag".into(), json!(false));
+        Value::Object(file)
+    }
 }
 
 impl Described {
@@ -76,12 +106,18 @@ impl Described {
         let filename = if depth == 0 { asked.to_owned() } else { store.name().to_owned() };
         let info = image.info();
         let opener = FileOpener::default();
+        let files = store.files().into_iter().enumerate().map(|(number, (name, length))| File {
+            name: if number == 0 { filename.clone() } else { name.to_owned() },
+            // In whole sectors, as QEMU counts.
+            length: length.next_multiple_of(512),
+            disk_size: std::fs::metadata(name).ok().map(|meta| meta.blocks() * 512),
+        });
+        let files: Vec<File> = files.collect();
         Self {
             format: image.format().name(),
             virtual_size: image.size(),
-            disk_size: std::fs::metadata(store.name()).ok().map(|meta| meta.blocks() * 512),
-            // In whole sectors, as QEMU counts.
-            file_length: store.size().next_multiple_of(512),
+            disk_size: files.iter().map(|file| file.disk_size).sum(),
+            files,
             cluster_size: info.cluster_size,
             dirty: info.dirty,
             backing: image.backing().map(|below| {
@@ -131,27 +167,24 @@ impl Described {
         if let Some(own) = self.qcow2 {
             specific(own).into_iter().for_each(&mut line);
         }
-        line("Child node '/file':".into());
-        line(format!("    filename: {}", self.filename));
-        line("    protocol type: file".into());
-        line(format!("    file length: {} ({} bytes)", human(self.file_length), self.file_length));
-        line(format!("    disk size: {disk_size}"));
+        // As QEMU has them: by their names.
+        let files = self.files.iter().enumerate();
+        for (number, file) in files.clone().skip(1).chain(files.take(1)) {
+            line(format!("Child node '/{}':", File::child(number)));
+            line(format!("    filename: {}", file.name));
+            line("    protocol type: file".into());
+            line(format!("    file length: {} ({} bytes)", human(file.length), file.length));
+            line(format!("    disk size: {}", file.disk_size.map_or_else(|| "unavailable".to_owned(), human)));
+        }
         text
     }
 
     fn json(&self) -> Value {
-        let mut file = Map::new();
-        file.insert("children".into(), json!([]));
-        file.insert("virtual-size".into(), json!(self.file_length));
-        file.insert("filename".into(), json!(self.filename));
-        file.insert("format".into(), json!("file"));
-        if let Some(bytes) = self.disk_size {
-            file.insert("actual-size".into(), json!(bytes));
-        }
-        file.insert("format-specific".into(), json!({ "type": "file", "data": {} }));
-        file.insert("dirty-flag".into(), json!(false));
+        let files = self.files.iter().enumerate();
+        let children = files.clone().skip(1).chain(files.take(1));
+        let children = children.map(|(number, file)| json!({ "name": File::child(number), "info": file.json() }));
         let mut top = Map::new();
-        top.insert("children".into(), json!([{ "name": "file", "info": file }]));
+        top.insert("children".into(), children.collect());
         if let Some((name, format, full)) = &self.backing {
             if let Some(format) = format {
                 top.insert("backing-filename-format".into(), json!(format));

@@ -48,6 +48,21 @@ pub(crate) trait Master: 'static {
         None
     }
 
+    /// See [`Image::identity`].
+    fn identity(&self) -> Option<String> {
+        None
+    }
+
+    /// See [`Image::backing_identity`].
+    fn backing_identity(&self) -> Option<String> {
+        None
+    }
+
+    /// See [`Image::lies_plainly`].
+    fn lies_plainly(&self) -> bool {
+        false
+    }
+
     /// What `info` shows.
     fn info(&self) -> ImageInfo {
         ImageInfo { cluster_size: Some(self.unit()), ..ImageInfo::default() }
@@ -244,6 +259,18 @@ impl<M: Master> Image for MasterImage<M> {
 
     fn backing(&self) -> Option<BackingRef> {
         self.master.backing()
+    }
+
+    fn identity(&self) -> Option<String> {
+        self.master.identity()
+    }
+
+    fn backing_identity(&self) -> Option<String> {
+        self.master.backing_identity()
+    }
+
+    fn lies_plainly(&self) -> bool {
+        self.master.lies_plainly()
     }
 
     fn info(&self) -> ImageInfo {

@@ -18,3 +18,4 @@ mod qcow2;
 mod raw;
 mod reference;
 mod subject;
+mod vmdk;

@@ -15,7 +15,7 @@ use store::memory::MemoryStore;
 pub(crate) const READ_ONLY: OpenOptions = OpenOptions { read_only: true, for_check: false };
 
 /// Formats, and options of `convert`.
-const KINDS: [(&str, &[&str]); 9] = [
+const KINDS: [(&str, &[&str]); 11] = [
     ("vdi", &["-o", "static=off"]),
     ("vdi", &["-o", "static=on"]),
     ("vpc", &["-o", "subformat=dynamic"]),
@@ -25,10 +25,12 @@ const KINDS: [(&str, &[&str]); 9] = [
     ("parallels", &["-o", "cluster_size=64k"]),
     ("qcow", &[]),
     ("qcow", &["-c"]),
+    ("vmdk", &["-o", "subformat=monolithicSparse"]),
+    ("vmdk", &["-o", "subformat=streamOptimized"]),
 ];
 
 /// Formats that qemu-img makes over a backing file, and which format that must have.
-const OVERLAYS: [(&str, &str); 1] = [("qcow", "raw")];
+const OVERLAYS: [(&str, &str); 2] = [("qcow", "raw"), ("vmdk", "vmdk")];
 
 pub(crate) fn in_sim<T>(test: impl Future<Output = T>) -> T {
     Sim::new(5).block_on(test)
