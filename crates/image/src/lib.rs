@@ -40,7 +40,7 @@ mod slices;
 pub mod snapshot;
 mod space;
 mod tables;
-mod vmdk;
+pub mod vmdk;
 
 pub use backing::BackingRef;
 pub use check::{CheckReport, Repair};
@@ -105,6 +105,8 @@ pub struct ImageInfo {
     pub warnings: Vec<String>,
     /// QCOW2: what it alone has.
     pub qcow2: Option<qcow2::Qcow2Info>,
+    /// VMDK: what it alone has.
+    pub vmdk: Option<vmdk::VmdkInfo>,
 }
 
 /// A disk image: tables that say where the guest's bytes are.

@@ -6,6 +6,7 @@ use crate::size::human;
 use disk::chain::{FileOpener, Layer, Opener};
 use image::Snapshot;
 use image::qcow2::{Compression, Qcow2Info};
+use image::vmdk::VmdkInfo;
 use serde_json::{Map, Value, json};
 use std::os::unix::fs::MetadataExt;
 
@@ -68,6 +69,7 @@ struct Described {
     backing: Option<(String, Option<&'static str>, String)>,
     warnings: Vec<String>,
     qcow2: Option<Qcow2Info>,
+    vmdk: Option<VmdkInfo>,
     snapshots: Vec<Snapshot>,
 }
 
@@ -126,6 +128,7 @@ impl Described {
             }),
             warnings: info.warnings,
             qcow2: info.qcow2,
+            vmdk: info.vmdk,
             snapshots,
             filename,
         }
@@ -166,6 +169,9 @@ impl Described {
         }
         if let Some(own) = self.qcow2 {
             specific(own).into_iter().for_each(&mut line);
+        }
+        if let Some(own) = &self.vmdk {
+            specific_vmdk(own).into_iter().for_each(&mut line);
         }
         // As QEMU has them: by their names.
         let files = self.files.iter().enumerate();
@@ -219,6 +225,28 @@ impl Described {
             }
             top.insert("format-specific".into(), json!({ "type": "qcow2", "data": data }));
         }
+        if let Some(own) = &self.vmdk {
+            let extents = own.extents.iter().map(|extent| {
+                let mut fields = Map::new();
+                if extent.packed {
+                    fields.insert("compressed".into(), json!(true));
+                }
+                fields.insert("virtual-size".into(), json!(extent.size));
+                fields.insert("filename".into(), json!(extent.file));
+                if let Some(bytes) = extent.grain {
+                    fields.insert("cluster-size".into(), json!(bytes));
+                }
+                fields.insert("format".into(), json!(extent.kind));
+                Value::Object(fields)
+            });
+            let data = json!({
+                "cid": own.cid,
+                "parent-cid": own.parent_cid,
+                "create-type": own.create_type,
+                "extents": extents.collect::<Value>(),
+            });
+            top.insert("format-specific".into(), json!({ "type": "vmdk", "data": data }));
+        }
         top.insert("virtual-size".into(), json!(self.virtual_size));
         top.insert("filename".into(), json!(self.filename));
         if let Some(bytes) = self.cluster_size {
@@ -247,6 +275,30 @@ pub(crate) fn specific(own: Qcow2Info) -> Vec<String> {
     if own.version > 2 {
         lines.push(format!("    corrupt: {}", own.corrupt));
         lines.push(format!("    extended l2: {}", own.extended_l2));
+    }
+    lines
+}
+
+/// The lines that say what only VMDK has.
+fn specific_vmdk(own: &VmdkInfo) -> Vec<String> {
+    let mut lines = vec![
+        "Format specific information:".to_owned(),
+        format!("    cid: {}", own.cid),
+        format!("    parent cid: {}", own.parent_cid),
+        format!("    create type: {}", own.create_type),
+        "    extents:".to_owned(),
+    ];
+    for (number, extent) in own.extents.iter().enumerate() {
+        lines.push(format!("        [{number}]:"));
+        if extent.packed {
+            lines.push("            compressed: true".to_owned());
+        }
+        lines.push(format!("            virtual size: {}", extent.size));
+        lines.push(format!("            filename: {}", extent.file));
+        if let Some(bytes) = extent.grain {
+            lines.push(format!("            cluster size: {bytes}"));
+        }
+        lines.push(format!("            format: {}", extent.kind));
     }
     lines
 }

@@ -208,7 +208,7 @@ impl Image for Qcow2Image {
             extended_l2: has(Features::EXTENDED_L2),
         };
         let cluster_size = Some(header.cluster_size());
-        ImageInfo { cluster_size, dirty: has(Features::DIRTY), warnings, qcow2: Some(qcow2) }
+        ImageInfo { cluster_size, dirty: has(Features::DIRTY), warnings, qcow2: Some(qcow2), ..ImageInfo::default() }
     }
 
     fn lookup(&self, range: GuestRange) -> Result<Option<Mapped>> {

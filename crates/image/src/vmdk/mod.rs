@@ -21,10 +21,38 @@ pub(crate) use open::open;
 
 use crate::BackingRef;
 use crate::master::sheets::Sheets;
-use layout::vmdk::SparseHeader;
+use layout::vmdk::{Descriptor, SparseHeader};
 use layout::{GuestRange, HostOffset};
 use std::rc::Rc;
 use store::Store;
+
+/// What `info` shows of a VMDK alone.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct VmdkInfo {
+    /// Changes with the content.
+    pub cid: u32,
+    /// The parent's; all ones if there is none.
+    pub parent_cid: u32,
+    /// What its makers call the whole.
+    pub create_type: String,
+    /// In the disk's order.
+    pub extents: Vec<VmdkExtent>,
+}
+
+/// An extent as `info` shows it.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct VmdkExtent {
+    /// Bytes of the disk.
+    pub size: u64,
+    /// Its file; empty where it has none.
+    pub file: String,
+    /// Bytes of a grain, if it is sparse.
+    pub grain: Option<u64>,
+    /// Its grains are packed.
+    pub packed: bool,
+    /// Its type in the descriptor; empty if the descriptor is in its own file.
+    pub kind: &'static str,
+}
 
 /// An open image.
 struct VmdkImage {
@@ -38,10 +66,9 @@ struct VmdkImage {
     /// Bytes of a grain of the first sparse extent; none if all are flat.
     grain: Option<u64>,
     backing: Option<BackingRef>,
-    /// Changes with the content.
-    cid: Option<u32>,
-    /// What the parent's must be.
-    parent_cid: Option<u32>,
+    descriptor: Descriptor,
+    /// Whether the descriptor is in a file of its own.
+    split: bool,
     warnings: Vec<String>,
     unclean: bool,
 }

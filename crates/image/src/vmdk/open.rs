@@ -56,8 +56,8 @@ fn unreadable(store: &dyn Store, error: &descriptor::Error) -> Error {
 
 impl VmdkImage {
     /// Without extents so far.
-    fn new(store: Rc<dyn Store>, descriptor: Option<&Descriptor>) -> Self {
-        let parent = descriptor.and_then(|descriptor| descriptor.parent.as_deref());
+    fn new(store: Rc<dyn Store>, descriptor: Descriptor, split: bool) -> Self {
+        let parent = descriptor.parent.as_deref();
         // VMware on Windows separates folders its own way.
         let parent = parent.map(|name| if name.contains('/') { name.to_owned() } else { name.replace('\\', "/") });
         Self {
@@ -67,8 +67,8 @@ impl VmdkImage {
             size: 0,
             grain: None,
             backing: parent.map(|name| BackingRef { name, format: Some(Format::Vmdk) }),
-            cid: descriptor.map(|descriptor| descriptor.cid),
-            parent_cid: descriptor.and_then(|descriptor| descriptor.parent_cid),
+            descriptor,
+            split,
             warnings: Vec::new(),
             unclean: false,
         }
@@ -118,15 +118,18 @@ async fn open_sparse(store: Rc<dyn Store>) -> Result<Rc<dyn Image>> {
             Some(Descriptor::parse(&text).map_err(|error| unreadable(&*store, &error))?)
         }
     };
-    let extents = descriptor.as_ref().map_or(1, |descriptor| descriptor.extents.len());
+    let warnings = match &descriptor {
+        Some(_) => Vec::new(),
+        None => vec!["it has no descriptor: it may be one of several extents of a disk".to_owned()],
+    };
+    let descriptor = descriptor.unwrap_or_default();
+    let extents = descriptor.extents.len();
     if extents > 1 {
         let what = format!("its descriptor names {extents} extents; only descriptors in a file of their own may do so");
         return Err(Error::new(ErrorKind::Unsupported, store.name(), None, what));
     }
-    let mut image = VmdkImage::new(store, descriptor.as_ref());
-    if descriptor.is_none() {
-        image.warnings.push("it has no descriptor: it may be one of several extents of a disk".to_owned());
-    }
+    let mut image = VmdkImage::new(store, descriptor, false);
+    image.warnings = warnings;
     image.push(extent.header.sectors, Content::Sparse(extent))?;
     Ok(master::image(image.finish()))
 }
@@ -157,7 +160,7 @@ async fn open_extents(
         });
     }
     let (joined, places) = files.join(store)?;
-    let mut image = VmdkImage::new(joined, Some(descriptor));
+    let mut image = VmdkImage::new(joined, descriptor.clone(), true);
     let mut budget = Budget::default();
     for (extent, number) in descriptor.extents.iter().zip(numbers) {
         let Some(file) = number.map(|number| places[number].clone()) else {

@@ -1,10 +1,11 @@
 //! Where a guest's bytes are.
 
-use super::{Content, Extent, File, SparseExtent, VmdkImage};
+use super::{Content, Extent, File, SparseExtent, VmdkExtent, VmdkImage, VmdkInfo};
 use crate::inflate::inflate;
 use crate::master::sheets::Sheets;
 use crate::master::{Master, past_the_end, read};
 use crate::{BackingRef, Error, ErrorKind, Format, ImageFuture, ImageInfo, Mapped, Mapping, Result};
+use layout::vmdk::descriptor::NO_PARENT;
 use layout::vmdk::{Grain, MARKER_BYTES, Marker, SECTOR};
 use layout::{GuestOffset, GuestRange, HostOffset, HostRange};
 use std::rc::Rc;
@@ -118,6 +119,31 @@ impl VmdkImage {
         Ok(bytes)
     }
 
+    /// What only this format has.
+    fn own_info(&self) -> VmdkInfo {
+        let extents = self.extents.iter().map(|extent| {
+            let (file, kind) = match &extent.content {
+                Content::Zero => (None, "ZERO"),
+                Content::Flat { file, .. } => (Some(file), "FLAT"),
+                Content::Sparse(sparse) => (Some(&sparse.file), if self.split { "SPARSE" } else { "" }),
+            };
+            let header = if let Content::Sparse(sparse) = &extent.content { Some(&sparse.header) } else { None };
+            VmdkExtent {
+                size: extent.place.len(),
+                file: file.map_or_else(String::new, |file| file.store.name().to_owned()),
+                grain: header.map(|header| header.grain),
+                packed: header.is_some_and(|header| header.packed),
+                kind,
+            }
+        });
+        VmdkInfo {
+            cid: self.descriptor.cid.unwrap_or(NO_PARENT),
+            parent_cid: self.descriptor.parent_cid.unwrap_or(NO_PARENT),
+            create_type: self.descriptor.create_type.clone(),
+            extents: extents.collect(),
+        }
+    }
+
     fn not_packed(&self, at: GuestOffset) -> Error {
         let what = format!("the grain for guest offset {at} is not packed");
         Error::new(ErrorKind::InvalidArgument, self.store.name(), None, what)
@@ -154,11 +180,11 @@ impl Master for VmdkImage {
     }
 
     fn identity(&self) -> Option<String> {
-        self.cid.map(|cid| format!("{cid:08x}"))
+        self.descriptor.cid.map(|cid| format!("{cid:08x}"))
     }
 
     fn backing_identity(&self) -> Option<String> {
-        self.parent_cid.map(|cid| format!("{cid:08x}"))
+        self.descriptor.parent_cid.map(|cid| format!("{cid:08x}"))
     }
 
     fn lies_plainly(&self) -> bool {
@@ -170,6 +196,7 @@ impl Master for VmdkImage {
             cluster_size: self.grain,
             dirty: self.unclean,
             warnings: self.warnings.clone(),
+            vmdk: Some(self.own_info()),
             ..ImageInfo::default()
         }
     }

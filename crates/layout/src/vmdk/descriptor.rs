@@ -15,7 +15,7 @@ pub const MOST_BYTES: usize = 1 << 20;
 pub const MOST_EXTENTS: usize = 2048;
 
 /// The `parentCID` of a disk without a parent.
-const NO_PARENT: u32 = u32::MAX;
+pub const NO_PARENT: u32 = u32::MAX;
 
 /// What is wrong with a descriptor.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -79,7 +79,7 @@ pub struct Extent {
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Descriptor {
     /// Changes with the content.
-    pub cid: u32,
+    pub cid: Option<u32>,
     /// The parent's [`Descriptor::cid`] when this disk was made over it.
     pub parent_cid: Option<u32>,
     /// The parent's name.
@@ -134,7 +134,7 @@ impl Descriptor {
                 _ => {}
             }
         }
-        found.cid = cid.unwrap_or(NO_PARENT);
+        found.cid = cid;
         found.parent_cid = parent_cid.filter(|cid| *cid != NO_PARENT);
         found.create_type = create_type.unwrap_or_default();
         if found.parent_cid.is_some() && found.parent.as_deref().is_none_or(str::is_empty) {
@@ -218,7 +218,7 @@ mod tests {
         let mut bytes = TEXT.as_bytes().to_vec();
         bytes.extend([0, 0, 7]);
         let found = Descriptor::parse(&bytes).unwrap();
-        assert_eq!((found.cid, found.parent_cid), (0xffff_fffe, Some(0x12ab_34cd)));
+        assert_eq!((found.cid, found.parent_cid), (Some(0xffff_fffe), Some(0x12ab_34cd)));
         assert_eq!((found.parent.as_deref(), &*found.create_type), (Some("the base.vmdk"), "twoGbMaxExtentSparse"));
         let extents: Vec<_> =
             found.extents.iter().map(|e| (e.access, e.sectors, e.kind, e.file.as_str(), e.start)).collect();
