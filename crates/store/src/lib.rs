@@ -1,7 +1,8 @@
 //! Places that hold bytes. Floor 2: a store knows nothing of what its bytes mean.
 //!
 //! The contract is [`Store`]. [`mod@file`] holds a local file or block device, [`memory`] holds bytes in memory; [`fault`] and
-//! [`trace`] are decorators around any of them, [`joined`] is several of them as one.
+//! [`trace`] are decorators around any of them, [`joined`] is several of them as one, [`patched`] one with
+//! some bytes changed.
 #![forbid(unsafe_code)]
 
 mod abandoned;
@@ -11,6 +12,7 @@ pub mod fault;
 pub mod file;
 pub mod joined;
 pub mod memory;
+pub mod patched;
 pub mod trace;
 
 pub use error::{Error, ErrorKind, Operation, Result};
