@@ -307,6 +307,8 @@ fn what_is_said_of_masters_is_the_same() -> Result {
         ("-o subformat=twoGbMaxExtentSparse", "vmdk"),
         ("-o subformat=twoGbMaxExtentFlat", "vmdk"),
         ("-o nocow=off", "qcow"),
+        ("-o block_size=1M", "vhdx"),
+        ("-o subformat=fixed", "vhdx"),
     ] {
         let line = format!("convert -f raw -O {format} {options} m.raw a.{format}");
         let made = Command::new("qemu-img").current_dir(&sides.theirs).args(line.split(' ')).output()?;
@@ -326,8 +328,8 @@ fn what_is_said_of_masters_is_the_same() -> Result {
             value
         };
         assert_eq!(without_blocks(json(&ours)?), without_blocks(json(&theirs)?), "{options}");
-        // Of holes in flat extents QEMU says that they are data, and zeros.
-        if !options.contains("Flat") {
+        // Of holes in flat extents QEMU says that they are data, and zeros; of VHDX it says nothing.
+        if !options.contains("Flat") && format != "vhdx" {
             let (ours, theirs) = sides.run(&format!("map --output json a.{format}"))?;
             assert_eq!(json(&ours)?, json(&theirs)?, "{options}");
         }

@@ -184,6 +184,7 @@ fn masters_of_other_formats_stream_in() -> Result {
         ("vmdk", "subformat=streamOptimized"),
         ("vmdk", "subformat=twoGbMaxExtentFlat"),
         ("qcow", "nocow=off"),
+        ("vhdx", "subformat=dynamic,block_size=1M"),
     ] {
         let dir = tempfile::tempdir()?;
         let (raw, _) = masters(dir.path(), "compat=1.1")?;

@@ -40,6 +40,7 @@ mod slices;
 pub mod snapshot;
 mod space;
 mod tables;
+mod vhdx;
 pub mod vmdk;
 
 pub use backing::BackingRef;

@@ -71,6 +71,7 @@ pub async fn open_in(
         Format::Vdi | Format::Vpc | Format::Parallels => crate::grid::open(store, format, options).await,
         Format::Qed => crate::qed::open(store, options).await,
         Format::Qcow => crate::qcow::open(store, options).await,
+        Format::Vhdx => crate::vhdx::open(store, options).await,
         Format::Vmdk => crate::vmdk::open(store, options, surroundings.companions).await,
     }
 }

@@ -28,12 +28,14 @@ pub enum Format {
     Qcow,
     /// VMware's, read only.
     Vmdk,
+    /// Hyper-V's, read only.
+    Vhdx,
 }
 
 impl Format {
     /// All of them: first those that are written, too.
-    pub const ALL: [Self; 8] =
-        [Self::Raw, Self::Qed, Self::Qcow2, Self::Vdi, Self::Vpc, Self::Parallels, Self::Qcow, Self::Vmdk];
+    pub const ALL: [Self; 9] =
+        [Self::Raw, Self::Qed, Self::Qcow2, Self::Vdi, Self::Vpc, Self::Parallels, Self::Qcow, Self::Vmdk, Self::Vhdx];
 
     /// The name users write: `raw`, `qed`.
     pub fn name(self) -> &'static str {
@@ -46,6 +48,7 @@ impl Format {
             Self::Parallels => "parallels",
             Self::Qcow => "qcow",
             Self::Vmdk => "vmdk",
+            Self::Vhdx => "vhdx",
         }
     }
 
@@ -67,9 +70,8 @@ impl fmt::Display for Format {
 }
 
 /// Formats that are recognised by their first bytes, and not served: offset, bytes, name.
-const FOREIGN: [(usize, &[u8], &str); 9] = [
+const FOREIGN: [(usize, &[u8], &str); 8] = [
     (0, b"COWD", "VMDK (version 3)"),
-    (0, b"vhdxfile", "VHDX"),
     (0, b"LUKS\xba\xbe", "LUKS"),
     (0, b"Bochs Virtual HD Image", "Bochs"),
     (0, b"#!/bin/sh\n#V2.0 Format\nmodprobe cloop", "cloop"),
@@ -85,7 +87,7 @@ const FOREIGN_TAIL: [(&[u8], &str); 1] = [(b"koly", "DMG")];
 /// How many bytes at the start are looked at.
 const HEAD: usize = 512;
 
-/// What the first bytes look like; `Raw` when like nothing known. Formats that are recognised but not served (VHDX, …)
+/// What the first bytes look like; `Raw` when like nothing known. Formats that are recognised but not served (LUKS, DMG, …)
 /// are an error that names them: serving their bytes as raw would be a guess.
 pub async fn probe(store: &dyn Store) -> Result<Format> {
     let head = Iov::alloc(HEAD);
@@ -103,6 +105,9 @@ pub async fn probe(store: &dyn Store) -> Result<Format> {
     }
     if head.starts_with(&layout::vpc::COOKIE) {
         return Ok(Format::Vpc);
+    }
+    if head.starts_with(&layout::vhdx::SIGNATURE) {
+        return Ok(Format::Vhdx);
     }
     let title = layout::vmdk::descriptor::TITLE;
     if head.starts_with(&layout::vmdk::header::MAGIC) || head[..title.len()].eq_ignore_ascii_case(title.as_bytes()) {
@@ -157,6 +162,7 @@ mod tests {
         assert_eq!(probed(b"QFI\xfb\0\0\0\x02").unwrap(), Format::Qcow2);
         assert_eq!(probed(b"QFI\xfb\0\0\0\x01").unwrap(), Format::Qcow);
         assert_eq!(probed(b"KDMV").unwrap(), Format::Vmdk);
+        assert_eq!(probed(b"vhdxfile").unwrap(), Format::Vhdx);
         assert_eq!(probed(b"# disk descriptorfile\n").unwrap(), Format::Vmdk);
         assert_eq!(probed(&[0; 4096]).unwrap(), Format::Raw);
     }

@@ -11,6 +11,7 @@ pub mod qcow;
 pub mod qcow2;
 pub mod qed;
 pub mod vdi;
+pub mod vhdx;
 pub mod vmdk;
 pub mod vpc;
 

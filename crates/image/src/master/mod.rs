@@ -8,6 +8,7 @@
 //! * Memory is bounded whatever the headers say: tables come in sheets ([`sheets`]), a few unpacked pieces are kept, and a piece
 //!   is unpacked once however many wait for it.
 
+pub(crate) mod bits;
 pub(crate) mod sheets;
 
 use crate::kept::Kept;

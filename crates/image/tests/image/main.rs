@@ -18,4 +18,5 @@ mod qcow2;
 mod raw;
 mod reference;
 mod subject;
+mod vhdx;
 mod vmdk;

@@ -15,7 +15,7 @@ use store::memory::MemoryStore;
 pub(crate) const READ_ONLY: OpenOptions = OpenOptions { read_only: true, for_check: false };
 
 /// Formats, and options of `convert`.
-const KINDS: [(&str, &[&str]); 11] = [
+const KINDS: [(&str, &[&str]); 14] = [
     ("vdi", &["-o", "static=off"]),
     ("vdi", &["-o", "static=on"]),
     ("vpc", &["-o", "subformat=dynamic"]),
@@ -27,6 +27,9 @@ const KINDS: [(&str, &[&str]); 11] = [
     ("qcow", &["-c"]),
     ("vmdk", &["-o", "subformat=monolithicSparse"]),
     ("vmdk", &["-o", "subformat=streamOptimized"]),
+    ("vhdx", &["-o", "subformat=dynamic,block_size=1M"]),
+    ("vhdx", &["-o", "subformat=dynamic,block_state_zero=off"]),
+    ("vhdx", &["-o", "subformat=fixed,block_size=2M,log_size=2M"]),
 ];
 
 /// Formats that qemu-img makes over a backing file, and which format that must have.
