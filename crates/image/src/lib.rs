@@ -42,6 +42,7 @@ mod space;
 mod tables;
 mod vhdx;
 pub mod vmdk;
+mod vpc;
 
 pub use backing::BackingRef;
 pub use check::{CheckReport, Repair};

@@ -68,7 +68,8 @@ pub async fn open_in(
     match format {
         Format::Raw => crate::raw::open(store, options),
         Format::Qcow2 => crate::qcow2::open(store, options).await,
-        Format::Vdi | Format::Vpc | Format::Parallels => crate::grid::open(store, format, options).await,
+        Format::Vdi | Format::Parallels => crate::grid::open(store, format, options).await,
+        Format::Vpc => crate::vpc::open(store, options).await,
         Format::Qed => crate::qed::open(store, options).await,
         Format::Qcow => crate::qcow::open(store, options).await,
         Format::Vhdx => crate::vhdx::open(store, options).await,

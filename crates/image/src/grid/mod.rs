@@ -1,4 +1,4 @@
-//! Images that are a grid: one table says where each block of the disk is. VDI, VHD (`vpc`) and Parallels.
+//! Images that are a grid: one table says where each block of the disk is. VDI and Parallels.
 //!
 //! One file each says how such an image is opened.
 //!
@@ -7,7 +7,6 @@
 
 mod parallels;
 mod vdi;
-mod vpc;
 
 use crate::master::sheets::Table;
 use crate::master::{self, Master, past_the_end};
@@ -20,15 +19,9 @@ use store::Store;
 struct Grid {
     size: u64,
     block: u64,
-    places: Places,
-}
-
-/// Where the blocks are.
-enum Places {
-    /// One behind the other, from the start of the file.
-    Straight,
-    /// Where the table says; `None`: the block reads as zeros.
-    Table { table: Table<4>, place: Box<dyn Fn([u8; 4]) -> Option<HostOffset>> },
+    table: Table<4>,
+    /// Where the table says that a block is; `None`: it reads as zeros.
+    place: Box<dyn Fn([u8; 4]) -> Option<HostOffset>>,
 }
 
 /// An open image.
@@ -43,7 +36,6 @@ pub(crate) async fn open(store: Rc<dyn Store>, format: Format, options: OpenOpti
     master::only_read(&*store, format, options)?;
     let grid = match format {
         Format::Vdi => vdi::open(&*store).await?,
-        Format::Vpc => vpc::open(&*store).await?,
         _ => parallels::open(&*store).await?,
     };
     Ok(master::image(GridImage { store, format, grid }))
@@ -67,10 +59,7 @@ impl Master for GridImage {
     }
 
     fn piece(&self, at: GuestOffset) -> Result<Option<Mapped>> {
-        let Grid { size, block, places } = &self.grid;
-        let Places::Table { table, place } = places else {
-            return Ok(Some(Mapped { len: size - at.get(), mapping: Mapping::Data(HostOffset(at.get())) }));
-        };
+        let Grid { block, table, place, .. } = &self.grid;
         let (number, inside) = (at.get() / block, at.get() % block);
         let Some(entry) = table.entry(number) else { return Ok(None) };
         let mapping = match place(entry) {
@@ -84,11 +73,6 @@ impl Master for GridImage {
     }
 
     fn load(&self, at: GuestOffset) -> ImageFuture<'_, ()> {
-        Box::pin(async move {
-            match &self.grid.places {
-                Places::Straight => Ok(()),
-                Places::Table { table, .. } => table.load(&*self.store, at.get() / self.grid.block).await,
-            }
-        })
+        Box::pin(self.grid.table.load(&*self.store, at.get() / self.grid.block))
     }
 }

@@ -1,6 +1,6 @@
 //! Opening Parallels' images.
 
-use super::{Grid, Places};
+use super::Grid;
 use crate::Result;
 use crate::master::sheets::Table;
 use crate::master::{damaged, read};
@@ -12,6 +12,6 @@ pub(super) async fn open(store: &dyn Store) -> Result<Grid> {
     let head = read(store, HostOffset::ZERO.range(HEADER_BYTES as u64)).await?;
     let header = Header::decode(&head).map_err(|error| damaged(store.name(), &error))?;
     let table = Table::new(store, header.table())?;
-    let places = Places::Table { table, place: Box::new(move |entry| header.place(entry)) };
-    Ok(Grid { size: header.size, block: header.cluster, places })
+    let place = Box::new(move |entry| header.place(entry));
+    Ok(Grid { size: header.size, block: header.cluster, table, place })
 }

@@ -6,7 +6,6 @@ pub(crate) enum Order {
     /// The one of the least value (VHDX).
     LeastFirst,
     /// The one of the greatest value (VHD).
-    #[cfg_attr(not(test), expect(dead_code, reason = "VHD comes next"))]
     GreatestFirst,
 }
 

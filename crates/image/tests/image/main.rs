@@ -20,3 +20,4 @@ mod reference;
 mod subject;
 mod vhdx;
 mod vmdk;
+mod vpc;
