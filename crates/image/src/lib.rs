@@ -29,6 +29,7 @@ mod inflate;
 mod kept;
 mod master;
 pub mod open;
+mod packed;
 pub mod probe;
 mod qcow;
 pub mod qcow2;

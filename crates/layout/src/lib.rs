@@ -6,6 +6,7 @@
 pub mod addr;
 pub mod field;
 mod number;
+pub mod packed;
 pub mod parallels;
 pub mod qcow;
 pub mod qcow2;

@@ -5,8 +5,8 @@
 //!
 //! **Invariants.**
 //! * A look-up joins a bounded number of pieces: it holds the shard meanwhile.
-//! * Memory is bounded whatever the headers say: tables come in sheets ([`sheets`]), a few unpacked pieces are kept, and a piece
-//!   is unpacked once however many wait for it.
+//! * Memory is bounded whatever the headers say: tables come in sheets ([`sheets`]), a few unpacked pieces are kept, so many bytes
+//!   are being unpacked at once, and a piece is unpacked once however many wait for it.
 
 pub(crate) mod bits;
 pub(crate) mod sheets;
@@ -18,7 +18,7 @@ use crate::{
 };
 use layout::{GuestOffset, GuestRange, HostOffset, HostRange};
 use ring::Iov;
-use ring::sync::Event;
+use ring::sync::{Event, Semaphore};
 use std::cell::RefCell;
 use std::collections::HashMap;
 use std::rc::Rc;
@@ -26,6 +26,9 @@ use store::Store;
 
 /// Pieces that one look-up joins at most.
 const LOOKUP_STEPS: usize = 1024;
+
+/// What is being unpacked at once, in KiB: what comes of it, that is.
+const UNPACKING_KIB: usize = 64 << 10;
 
 /// How much of a table one read brings.
 const READ_BYTES: u64 = 1 << 20;
@@ -149,11 +152,13 @@ pub(crate) struct MasterImage<M> {
     kept: RefCell<Kept>,
     /// Packed pieces being unpacked, by their starts; the event tells when one is there or has failed.
     under_way: RefCell<HashMap<GuestOffset, Event>>,
+    unpacking: Semaphore,
 }
 
 /// Makes the image of what a format has opened.
 pub(crate) fn image(master: impl Master) -> Rc<dyn Image> {
-    Rc::new(MasterImage { master, kept: RefCell::default(), under_way: RefCell::default() })
+    let unpacking = Semaphore::new(UNPACKING_KIB);
+    Rc::new(MasterImage { master, kept: RefCell::default(), under_way: RefCell::default(), unpacking })
 }
 
 /// Whoever unpacks a piece; when this is dropped, those who wait look for themselves.
@@ -218,6 +223,7 @@ impl<M: Master> MasterImage<M> {
         }
         self.under_way.borrow_mut().insert(whole.start(), Event::new());
         let _under_way = UnderWay { all: &self.under_way, start: whole.start() };
+        let _permit = self.unpacking.acquire((whole.len() >> 10) as usize + 1).await;
         let bytes: Rc<[u8]> = self.master.unpack(whole).await?.into();
         if bytes.len() as u64 != whole.len() || bytes.is_empty() {
             let what = format!("the packed piece {whole} has {} bytes", bytes.len());

@@ -12,6 +12,7 @@ mod hostile;
 mod masters;
 mod model;
 mod mutation;
+mod packed;
 mod pitfalls;
 mod pressure;
 mod qcow2;
