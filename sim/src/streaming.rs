@@ -125,6 +125,7 @@ pub(crate) async fn stream(context: Rc<Context>, disk: Rc<Disk>, plan: Stream, f
         on_error: plan.on_error,
         auto_finalize: plan.auto_finalize,
         auto_dismiss: true,
+        hold: None,
     };
     if let Err(error) = jobs.stream(options) {
         context.fail(format!("a stream could not start: {error}"));

@@ -8,7 +8,7 @@ use crate::dice::Dice;
 use crate::master::qcow2;
 use crate::oracle::Run;
 use crate::plan::{Faults, Shape};
-use disk::chain::{ChainOptions, Opener, open_chain};
+use disk::chain::{ChainOptions, Opened, Opener, open_chain};
 use disk::{Disk, DiskOptions, Error, ErrorKind, Layer, Result};
 use futures_util::future::LocalBoxFuture;
 use image::create::{CreateOptions, create};
@@ -19,10 +19,10 @@ use std::cell::RefCell;
 use std::collections::BTreeMap;
 use std::rc::Rc;
 use std::time::Duration;
+use store::Operation;
 use store::fault::{Action, Failure, FaultStore, Match};
 use store::memory::{MemoryStore, Snapshot};
 use store::trace::{Trace, TraceStore};
-use store::{Operation, Store};
 
 /// The writable image's name.
 pub(crate) const TOP: &str = "top";
@@ -75,6 +75,8 @@ impl World {
                 cluster_size: (!is_raw).then_some(layer.cluster_size),
                 table_size: (layer.format == Format::Qed).then_some(layer.table_size),
                 qcow2: layer.qcow2,
+                passphrase: None,
+                iteration_time: None,
             };
             create(bytes.clone(), &options).await?;
             world.files.borrow_mut().insert(name.clone(), File { bytes, format: layer.format });
@@ -273,7 +275,7 @@ impl Opener for World {
         name: &'a str,
         referrer: Option<&'a str>,
         read_only: bool,
-    ) -> LocalBoxFuture<'a, Result<Rc<dyn Store>>> {
+    ) -> LocalBoxFuture<'a, Result<Opened>> {
         Box::pin(async move {
             let bytes = self.bytes(name)?;
             let below = read_only || referrer.is_some();
@@ -282,7 +284,7 @@ impl Opener for World {
                 faults.make_volatile(SECTOR).await?;
             }
             self.open.borrow_mut().insert(name.to_owned(), Rc::clone(&faults));
-            Ok(TraceStore::new(faults, self.trace.clone()) as Rc<dyn Store>)
+            Ok(TraceStore::new(faults, self.trace.clone()).into())
         })
     }
 
@@ -303,12 +305,12 @@ impl Opener for Sound<'_> {
         name: &'a str,
         referrer: Option<&'a str>,
         read_only: bool,
-    ) -> LocalBoxFuture<'a, Result<Rc<dyn Store>>> {
+    ) -> LocalBoxFuture<'a, Result<Opened>> {
         Box::pin(async move {
             Ok(match (&self.top, read_only || referrer.is_some()) {
-                (_, true) => self.world.bytes(name)?.read_only() as Rc<dyn Store>,
-                (Some(top), false) => Rc::clone(top) as Rc<dyn Store>,
-                (None, false) => self.world.bytes(name)?,
+                (_, true) => self.world.bytes(name)?.read_only().into(),
+                (Some(top), false) => Rc::clone(top).into(),
+                (None, false) => self.world.bytes(name)?.into(),
             })
         })
     }

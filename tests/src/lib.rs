@@ -19,6 +19,7 @@ pub mod process;
 pub mod qemu;
 pub mod qmp;
 pub mod random;
+pub mod script;
 pub mod sides;
 pub mod vhost;
 

@@ -365,3 +365,31 @@ fn dd_copies_blocks() -> Result {
     assert!(part == all[2 << 20..7 << 20]);
     Ok(())
 }
+
+#[test]
+fn bench_sends_what_it_says() -> Result {
+    peer!("headwater", "qemu-img");
+    let sides = Sides::new("qemu-img")?;
+    sides.both(|dir| master(&dir.join("b.raw"), 1 << 20, 5))?;
+    for line in [
+        "bench -c 100 -w -f raw -d 4 -s 4k --pattern 7 --flush-interval 10 b.raw",
+        "bench -c 100 -w -f raw -d 4 --no-drain --flush-interval 10 --pattern 7 -o 512k b.raw",
+        "bench -c 300 -f raw -S 100k b.raw",
+    ] {
+        let (ours, theirs) = sides.run(line)?;
+        let said = |bytes: &[u8]| {
+            String::from_utf8_lossy(bytes)
+                .lines()
+                .filter(|l| l.starts_with("Sending"))
+                .map(str::to_owned)
+                .collect::<Vec<_>>()
+        };
+        assert_eq!(said(&ours.stdout), said(&theirs.stdout), "{line}");
+        assert_eq!((ours.status.code(), theirs.status.code()), (Some(0), Some(0)), "{line}");
+    }
+    sides.hold_the_same("b.raw", "raw")?;
+    sides.fails("bench -c 5 -o 5M -f raw b.raw", 1)?;
+    sides.fails("bench -c 5 -f raw --flush-interval 7 b.raw", 1)?;
+    sides.fails("bench -w -c 5 -f raw --flush-interval 7 b.raw", 1)?;
+    Ok(())
+}

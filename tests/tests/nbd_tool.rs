@@ -71,3 +71,21 @@ fn a_disk_is_served_until_its_client_has_left() -> Result {
     assert!(String::from_utf8_lossy(&refused.stderr).starts_with("qemu-nbd: "), "{refused:?}");
     Ok(())
 }
+
+/// Scripts read what the command says up to its end: a server in the background does not hold that up.
+#[test]
+fn a_server_in_the_background_holds_nobody_up() -> Result {
+    peer!("headwater");
+    let dir = tempfile::tempdir()?;
+    let (image, socket, pid) = (dir.path().join("a.raw"), dir.path().join("nbd"), dir.path().join("pid"));
+    std::fs::File::create(&image)?.set_len(1 << 20)?;
+    let mut serve = Command::new(headwater_tests::peer::headwater()?);
+    serve.args(["nbd", "-t", "-f", "raw", "--fork", "-k"]).arg(&socket).arg("--pid-file").arg(&pid).arg(&image);
+    let (told, tells) = std::sync::mpsc::channel();
+    let asked = std::thread::spawn(move || told.send(serve.output()));
+    let output = tells.recv_timeout(Duration::from_secs(20));
+    Command::new("kill").arg(std::fs::read_to_string(&pid)?.trim()).status()?;
+    assert!(output.is_ok_and(|output| output.is_ok_and(|output| output.status.success())));
+    asked.join().map_err(|_| "a thread failed")??;
+    Ok(())
+}

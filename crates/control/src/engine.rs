@@ -26,11 +26,13 @@ pub struct EngineConfig {
     pub shards: usize,
     /// Each shard's ring.
     pub ring: ring::Config,
+    /// What disks' names may refer to, as `--object` has it ([`graph::Objects`]).
+    pub objects: Vec<String>,
 }
 
 impl Default for EngineConfig {
     fn default() -> Self {
-        Self { shards: 1, ring: ring::Config::default() }
+        Self { shards: 1, ring: ring::Config::default(), objects: Vec::new() }
     }
 }
 
@@ -42,7 +44,19 @@ pub struct Stamped {
     /// And microseconds.
     pub microseconds: u32,
     /// What.
-    pub event: Event,
+    pub event: Happening,
+}
+
+/// What happens that operators hear of.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Happening {
+    /// To a job.
+    Job(Event),
+    /// An export is gone.
+    ExportDeleted {
+        /// Which.
+        id: String,
+    },
 }
 
 /// A running Headwater.
@@ -91,13 +105,15 @@ impl Engine {
     /// Starts the shard threads.
     pub fn start(config: &EngineConfig) -> io::Result<Self> {
         let subscribers: Arc<Mutex<Vec<mpsc::Sender<Stamped>>>> = Arc::default();
+        // Each shard has its own, of the same texts; mistakes are found before anything runs.
+        graph::Objects::new(&config.objects).map_err(io::Error::other)?;
         let mut shards = Vec::new();
         for index in 0..config.shards.max(1) {
             let shard = Shard::start(&format!("shard-{index}"), config.ring.clone())?;
-            let subscribers = subscribers.clone();
+            let (subscribers, objects) = (subscribers.clone(), config.objects.clone());
             shard
                 .handle()
-                .post(move || ShardState::install(Rc::new(move |event| publish(&subscribers, event))))
+                .post(move || ShardState::install(Rc::new(move |event| publish(&subscribers, event)), &objects))
                 .map_err(io::Error::other)?;
             shards.push(shard);
         }
@@ -177,6 +193,15 @@ impl Engine {
             work(device, state).await
         })
         .await
+    }
+
+    /// Runs `work` where the named nodes are, with the shard's state.
+    pub async fn on_nodes<T, F>(&self, work: impl FnOnce(Rc<ShardState>) -> F + Send + 'static) -> Result<T, Failure>
+    where
+        T: Send + 'static,
+        F: Future<Output = Result<T, Failure>> + 'static,
+    {
+        self.run(0, work).await
     }
 
     /// Runs `work` on every shard; answers come in shard order.
@@ -280,7 +305,7 @@ impl Engine {
 }
 
 /// Stamps an event and hands it to every subscriber; one whose channel is full or gone is dropped.
-fn publish(subscribers: &Mutex<Vec<mpsc::Sender<Stamped>>>, event: Event) {
+fn publish(subscribers: &Mutex<Vec<mpsc::Sender<Stamped>>>, event: Happening) {
     let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
     let stamped = Stamped { seconds: since.as_secs(), microseconds: since.subsec_micros(), event };
     locked(subscribers).retain(|subscriber| subscriber.try_send(stamped.clone()).is_ok());

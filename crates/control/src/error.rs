@@ -46,6 +46,11 @@ impl Failure {
         Self { class: ErrorClass::GenericError, desc: desc.into() }
     }
 
+    /// No node of that name, where only nodes are meant.
+    pub fn no_node(name: &str) -> Self {
+        Self::generic(format!("Cannot find device='' nor node-name='{name}'"))
+    }
+
     /// No device or node of that name, in QEMU's words (whose class for it is `GenericError` today).
     pub fn no_device(name: &str) -> Self {
         Self::generic(format!("Cannot find device='{name}' nor node-name='{name}'"))

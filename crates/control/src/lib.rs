@@ -6,13 +6,15 @@
 
 pub mod engine;
 pub mod error;
+pub mod exports;
 pub mod hmp;
 pub mod qmp;
 pub mod shard;
 mod socket;
 pub mod spec;
 
-pub use engine::{Ending, Engine, EngineConfig, Stamped};
+pub use engine::{Ending, Engine, EngineConfig, Happening, Stamped};
 pub use error::{ErrorClass, Failure};
+pub use exports::{DoorSpec, ExportInfo, ExportSpec};
 pub use shard::{Device, ShardState};
 pub use spec::{CacheMode, DiskSpec};

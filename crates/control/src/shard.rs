@@ -1,11 +1,13 @@
 //! What lives on one shard: devices, their jobs, their exports. Reached only by closures that run there.
 
-use crate::{DiskSpec, Failure};
-use disk::chain::{ChainOptions, FileOpener, Opener, open_chain};
+use crate::exports::Export;
+use crate::{DiskSpec, Failure, Happening};
+use disk::chain::{ChainOptions, FileOpener, Opened, Opener, open_chain};
 use disk::{Disk, DiskOptions};
 use export::nbd::{Address, NbdExport, NbdServer};
 use export::vhost_user::{VhostUserExport, VhostUserServer};
 use futures_util::future::LocalBoxFuture;
+use graph::{Graph, Objects, Sources};
 use job::{Events, Jobs};
 use std::cell::RefCell;
 use std::path::PathBuf;
@@ -30,17 +32,31 @@ pub struct Device {
 pub struct ShardState {
     devices: RefCell<Vec<Rc<Device>>>,
     jobs: Rc<Jobs>,
+    objects: Rc<Objects>,
+    graph: Graph,
+    happened: Rc<dyn Fn(Happening)>,
+    pub(crate) exports: RefCell<Vec<Export>>,
+    pub(crate) nbd_server: RefCell<Option<Rc<NbdServer>>>,
     nbd: RefCell<Vec<Rc<NbdServer>>>,
     vhost_user: RefCell<Vec<(String, Rc<VhostUserServer>)>>,
 }
 
 impl ShardState {
     /// Sets this thread's state up; once, before anything else runs here.
-    pub(crate) fn install(events: Events) {
+    pub(crate) fn install(happened: Rc<dyn Fn(Happening)>, objects: &[String]) {
+        // They were looked at before any shard was started.
+        let objects = Rc::new(Objects::new(objects).unwrap_or_default());
+        let told = Rc::clone(&happened);
+        let events: Events = Rc::new(move |event| told(Happening::Job(event)));
         STATE.with(|state| {
             *state.borrow_mut() = Some(Rc::new(Self {
                 devices: RefCell::default(),
                 jobs: Jobs::new(events),
+                graph: Graph::new(Rc::clone(&objects)),
+                objects,
+                happened,
+                exports: RefCell::default(),
+                nbd_server: RefCell::default(),
                 nbd: RefCell::default(),
                 vhost_user: RefCell::default(),
             }));
@@ -62,6 +78,15 @@ impl ShardState {
         self.devices.borrow().iter().find(|device| device.spec.name == name).cloned()
     }
 
+    /// The named nodes of this shard.
+    pub fn graph(&self) -> &Graph {
+        &self.graph
+    }
+
+    pub(crate) fn tell(&self, happening: Happening) {
+        (self.happened)(happening);
+    }
+
     /// The jobs of this shard's devices.
     pub fn jobs(&self) -> &Rc<Jobs> {
         &self.jobs
@@ -78,8 +103,14 @@ impl ShardState {
             },
             below: OpenOptions { read_only: true, direct: spec.cache.direct(), ..OpenOptions::default() },
         };
-        let opener = Sources { files, ailments: spec.source.clone() };
-        let options = ChainOptions { format: spec.format, read_only: spec.read_only, ..ChainOptions::default() };
+        let sources = Sources::new(files, Rc::clone(&self.objects));
+        let opener = Ailing { sources, ailments: spec.source.clone() };
+        let options = ChainOptions {
+            format: spec.format,
+            read_only: spec.read_only,
+            snapshot: spec.snapshot.clone(),
+            ..ChainOptions::default()
+        };
         let chain = open_chain(&opener, &spec.file, options).await?;
         let disk = Disk::new(
             &spec.name,
@@ -98,7 +129,7 @@ impl ShardState {
             let device = self.device(name).ok_or_else(|| Failure::no_device(name))?;
             exports.push(NbdExport {
                 name: name.clone(),
-                description: None,
+                description: device.spec.description.clone(),
                 disk: device.disk.clone(),
                 read_only: device.spec.read_only,
             });
@@ -131,6 +162,7 @@ impl ShardState {
     /// Ends exports, then jobs, then disks: no guest request and no job is in flight when a disk closes. The first failure
     /// is reported, the rest is closed all the same.
     pub(crate) async fn shut_down(&self) -> Result<(), Failure> {
+        self.end_exports().await;
         let servers = std::mem::take(&mut *self.nbd.borrow_mut());
         for server in servers {
             server.stop().await;
@@ -147,29 +179,30 @@ impl ShardState {
                 outcome = outcome.and(Err(Failure::from(error)));
             }
         }
+        outcome = outcome.and(self.graph.close_all().await.map_err(Failure::from));
         outcome
     }
 }
 
-/// Local files; what lies below the top may be ailing, if that is asked for.
-struct Sources {
-    files: FileOpener,
+/// Whatever names stand for; what lies below the top may be ailing, if that is asked for.
+struct Ailing {
+    sources: Sources,
     ailments: Ailments,
 }
 
-impl Opener for Sources {
+impl Opener for Ailing {
     fn open<'a>(
         &'a self,
         name: &'a str,
         referrer: Option<&'a str>,
         read_only: bool,
-    ) -> LocalBoxFuture<'a, disk::Result<Rc<dyn Store>>> {
+    ) -> LocalBoxFuture<'a, disk::Result<Opened>> {
         Box::pin(async move {
-            let store = self.files.open(name, referrer, read_only).await?;
+            let mut opened = self.sources.open(name, referrer, read_only).await?;
             if referrer.is_some() && self.ailments != Ailments::default() {
-                return Ok(AilingStore::new(store, self.ailments.clone()) as Rc<dyn Store>);
+                opened.store = AilingStore::new(opened.store, self.ailments.clone());
             }
-            Ok(store)
+            Ok(opened)
         })
     }
 
@@ -179,10 +212,10 @@ impl Opener for Sources {
         referrer: &'a str,
         read_only: bool,
     ) -> LocalBoxFuture<'a, disk::Result<Rc<dyn Store>>> {
-        self.files.companion(name, referrer, read_only)
+        self.sources.companion(name, referrer, read_only)
     }
 
     fn identify(&self, name: &str, referrer: Option<&str>) -> String {
-        self.files.identify(name, referrer)
+        self.sources.identify(name, referrer)
     }
 }

@@ -53,6 +53,8 @@ impl CacheMode {
 /// A disk to serve.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct DiskSpec {
+    /// For clients' users, where an export can say it.
+    pub description: Option<String>,
     /// Device name.
     pub name: String,
     /// The top image's file, as the user wrote it.
@@ -65,6 +67,8 @@ pub struct DiskSpec {
     pub read_only: bool,
     /// What guests read from below is kept.
     pub copy_on_read: bool,
+    /// The internal snapshot (its id, or its name) to show instead of the present state; then the disk is read-only.
+    pub snapshot: Option<String>,
     /// What ails the files below the top: for demonstrations and tests.
     pub source: Ailments,
 }

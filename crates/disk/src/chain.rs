@@ -4,7 +4,7 @@
 
 use crate::names::{self, Name};
 use futures_util::future::LocalBoxFuture;
-use image::{Companions, Error, ErrorKind, Format, Image, OpenOptions, Result, Surroundings};
+use image::{BackingRef, Companions, Error, ErrorKind, Format, Image, OpenOptions, Result, Surroundings};
 use std::collections::HashSet;
 use std::rc::Rc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -23,6 +23,17 @@ pub struct Layer {
     pub name: String,
     /// The image.
     pub image: Rc<dyn Image>,
+    /// Somebody else's: a disk settles what it has written to it, and leaves it open.
+    pub lent: bool,
+    /// Nothing lies below, whatever its header says: so its user said.
+    pub bottom: bool,
+}
+
+impl Layer {
+    /// The disk's own, with what its header says below it.
+    pub fn new(node: impl Into<String>, name: impl Into<String>, image: Rc<dyn Image>) -> Self {
+        Self { node: node.into(), name: name.into(), image, lent: false, bottom: false }
+    }
 }
 
 /// How to open a chain.
@@ -38,11 +49,54 @@ pub struct ChainOptions {
     pub no_backing: bool,
     /// Only so many layers, from the top; what lies below them is left unopened (to be written to, `commit`).
     pub layers: Option<usize>,
+    /// The image whose header names the top, by its store's name; nothing is written then.
+    pub referrer: Option<String>,
     /// The top is opened for a check (see [`image::OpenOptions::for_check`]).
     pub for_check: bool,
+    /// The internal snapshot of the top (its id, or its name) to show instead of its present state; read-only.
+    pub snapshot: Option<String>,
+    /// No guest writes to the top (see [`image::Surroundings::no_guest`]).
+    pub no_guest: bool,
 }
 
-/// Opens the stores that names stand for.
+/// What lies below an image, where its name says so and its header does not count.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub enum Below {
+    /// What its header names.
+    #[default]
+    Header,
+    /// Nothing.
+    Nothing,
+    /// What this name stands for.
+    Named(String),
+}
+
+/// What a name stands for.
+#[derive(Clone)]
+pub struct Opened {
+    /// Its bytes.
+    pub store: Rc<dyn Store>,
+    /// The format they are in, if the name says that.
+    pub format: Option<Format>,
+    /// What lies below.
+    pub below: Below,
+    /// What unlocks it, if it is encrypted and the user gave that.
+    pub passphrase: Option<Vec<u8>>,
+}
+
+impl<S: Store> From<Rc<S>> for Opened {
+    fn from(store: Rc<S>) -> Self {
+        Self { store, format: None, below: Below::Header, passphrase: None }
+    }
+}
+
+impl From<Rc<dyn Store>> for Opened {
+    fn from(store: Rc<dyn Store>) -> Self {
+        Self { store, format: None, below: Below::Header, passphrase: None }
+    }
+}
+
+/// Opens what names stand for.
 pub trait Opener {
     /// Opens `name`; a relative one is relative to the folder of `referrer` (the image that names it, if any, by its store's
     /// name: as it was opened). Everything below the top is opened read-only.
@@ -51,7 +105,7 @@ pub trait Opener {
         name: &'a str,
         referrer: Option<&'a str>,
         read_only: bool,
-    ) -> LocalBoxFuture<'a, Result<Rc<dyn Store>>>;
+    ) -> LocalBoxFuture<'a, Result<Opened>>;
 
     /// Opens another file of the image `referrer` ([`image::Companions`]): as [`Opener::open`] does, but writable where the image is.
     /// Refused unless there is a way.
@@ -62,12 +116,6 @@ pub trait Opener {
         read_only: bool,
     ) -> LocalBoxFuture<'a, Result<Rc<dyn Store>>> {
         image::NoCompanions.open(name, referrer, read_only)
-    }
-
-    /// What unlocks the image `name` (seen from `referrer`), if it is encrypted and the user gave it.
-    fn passphrase(&self, name: &str, referrer: Option<&str>) -> Option<Vec<u8>> {
-        let _ = (name, referrer);
-        None
     }
 
     /// The name that identifies what `name` (seen from `referrer`) stands for, to find cycles: a canonical path or URL.
@@ -89,10 +137,10 @@ impl Opener for FileOpener {
         name: &'a str,
         referrer: Option<&'a str>,
         read_only: bool,
-    ) -> LocalBoxFuture<'a, Result<Rc<dyn Store>>> {
+    ) -> LocalBoxFuture<'a, Result<Opened>> {
         let mut options = if referrer.is_none() { self.top.clone() } else { self.below.clone() };
         options.read_only |= read_only || referrer.is_some();
-        Box::pin(open_file(name, referrer, options))
+        Box::pin(async move { Ok(open_file(name, referrer, options).await?.into()) })
     }
 
     fn companion<'a>(
@@ -114,14 +162,20 @@ impl Opener for FileOpener {
     }
 }
 
+/// The file that the image `referrer` means by `name`, where both are local; else `name` as it is.
+pub fn resolve(name: &str, referrer: &str) -> String {
+    match names::parse(name) {
+        Name::Local(local) => names::resolve(local, Some(referrer)).to_string_lossy().into_owned(),
+        Name::Remote(_) => name.to_owned(),
+    }
+}
+
 async fn open_file(name: &str, referrer: Option<&str>, options: store::file::OpenOptions) -> Result<Rc<dyn Store>> {
     match names::parse(name) {
         Name::Local(local) => Ok(FileStore::open(&names::resolve(local, referrer), options).await?),
         Name::Remote(protocol) => {
-            let what = format!(
-                "'{protocol}' is not a protocol this Headwater can open (for a file of that name write './{name}')"
-            );
-            Err(Error::new(ErrorKind::Unsupported, name, None, what))
+            let what = format!("Unknown protocol '{protocol}' (for a file of that name write './{name}')");
+            Err(Error::new(ErrorKind::Unsupported, "", None, what))
         }
     }
 }
@@ -145,22 +199,35 @@ pub async fn open_chain(opener: &dyn Opener, name: &str, options: ChainOptions) 
 
 async fn open_layers(opener: &dyn Opener, name: &str, options: &ChainOptions, layers: &mut Vec<Layer>) -> Result<()> {
     let top_options = OpenOptions { read_only: options.read_only, for_check: options.for_check };
-    let image = open_one(opener, name, None, options.format, top_options).await?;
-    let mut seen = HashSet::from([opener.identify(name, None)]);
+    let referrer = options.referrer.as_deref();
+    let (image, mut below) = open_one(opener, name, referrer, options.format, (top_options, options)).await?;
+    let mut seen = HashSet::from([opener.identify(name, referrer)]);
     let node = options.node.clone().unwrap_or_else(new_node_name);
-    layers.push(Layer { node, name: name.to_owned(), image });
+    layers.push(Layer::new(node, name, image));
     if options.no_backing {
         return Ok(());
     }
-    let below_options = OpenOptions { read_only: true, for_check: false };
+    let below_options = (OpenOptions { read_only: true, for_check: false }, &ChainOptions::default());
     while let Some(above) = layers.last().map(|layer| Rc::clone(&layer.image)) {
-        let Some(backing) = above.backing() else { return Ok(()) };
+        let named = matches!(below, Below::Named(_));
+        let backing = match std::mem::take(&mut below) {
+            Below::Header => above.backing(),
+            Below::Nothing => {
+                if let Some(layer) = layers.last_mut() {
+                    layer.bottom = true;
+                }
+                None
+            }
+            // It says all there is to say, or leaves the rest to a look at it: the user's words, not a guest's.
+            Below::Named(name) => Some(BackingRef { name, format: None }),
+        };
+        let Some(backing) = backing else { return Ok(()) };
         if options.layers.is_some_and(|most| layers.len() >= most) {
             return Ok(());
         }
-        let referrer = above.store().name();
+        let referrer = above.file().name();
         let refuse = |what: String| Error::new(ErrorKind::Chain, referrer, None, what);
-        if backing.format.is_none() && !above.may_probe_backing() {
+        if backing.format.is_none() && !named && !above.may_probe_backing() {
             return Err(refuse(format!(
                 "it names its backing file '{0}' without a format, and a guess would leave it to the guest what is opened; \
                  state it: 'qemu-img rebase -u -b {0} -F FORMAT {1}'",
@@ -176,7 +243,7 @@ async fn open_layers(opener: &dyn Opener, name: &str, options: &ChainOptions, la
                 backing.name
             )));
         }
-        let image = open_one(opener, &backing.name, Some(referrer), backing.format, below_options)
+        let (image, next) = open_one(opener, &backing.name, Some(referrer), backing.format, below_options)
             .await
             .map_err(|e| refuse(format!("could not open its backing file '{}'", backing.name)).because(e))?;
         if let (Some(wanted), Some(found)) = (above.backing_identity(), image.identity())
@@ -189,7 +256,8 @@ async fn open_layers(opener: &dyn Opener, name: &str, options: &ChainOptions, la
                 backing.name
             )));
         }
-        layers.push(Layer { node: new_node_name(), name: backing.name, image });
+        below = next;
+        layers.push(Layer::new(new_node_name(), backing.name, image));
     }
     Ok(())
 }
@@ -213,27 +281,31 @@ async fn open_one(
     name: &str,
     referrer: Option<&str>,
     format: Option<Format>,
-    options: OpenOptions,
-) -> Result<Rc<dyn Image>> {
-    let store = opener.open(name, referrer, options.read_only).await?;
+    (options, more): (OpenOptions, &ChainOptions),
+) -> Result<(Rc<dyn Image>, Below)> {
+    let Opened { store, format: said, below, passphrase } = opener.open(name, referrer, options.read_only).await?;
     let opened = async {
-        let format = match format {
+        let format = match format.or(said) {
             Some(format) => format,
             None => image::probe::probe(&*store).await?,
         };
-        let passphrase = opener.passphrase(name, referrer);
-        let surroundings = Surroundings { companions: &FilesOf(opener), passphrase: passphrase.as_deref() };
+        let surroundings = Surroundings {
+            companions: &FilesOf(opener),
+            passphrase: passphrase.as_deref(),
+            snapshot: more.snapshot.as_deref(),
+            no_guest: more.no_guest,
+        };
         image::open_in(Rc::clone(&store), format, options, surroundings).await
     };
     let result = opened.await;
     if result.is_err() {
         let _ = store.close().await;
     }
-    result
+    result.map(|image| (image, below))
 }
 
 /// A node name that nobody else in this process has. QEMU's look alike; `#` keeps them apart from users' own.
-fn new_node_name() -> String {
+pub fn new_node_name() -> String {
     static NEXT: AtomicU64 = AtomicU64::new(0);
     format!("#block{:03}", NEXT.fetch_add(1, Ordering::Relaxed))
 }

@@ -63,7 +63,7 @@ impl Inner {
         assert!(!chain.is_empty(), "a chain has a top");
         let view = View::new(chain);
         let top = Rc::clone(view.image(0));
-        let incomplete = view.image(view.depth() - 1).backing().is_some();
+        let incomplete = view.layers.last().is_some_and(|last| !last.bottom && last.image.backing().is_some());
         Rc::new(Self {
             name: name.to_owned(),
             options: Cell::new(options),

@@ -27,6 +27,7 @@ mod populate;
 mod read;
 mod resize;
 mod shield;
+mod stacked;
 mod stats;
 mod status;
 mod stream;
@@ -34,8 +35,9 @@ mod view;
 mod write;
 mod zero;
 
-pub use chain::{ChainOptions, FileOpener, Layer, Opener};
+pub use chain::{Below, ChainOptions, FileOpener, Layer, Opened, Opener};
 pub use image::{Error, ErrorKind, Result};
+pub use stacked::DiskStore;
 pub use stream::{Claim, Copied, Missing, StreamBase};
 
 use crate::disk::Inner;
@@ -281,8 +283,15 @@ impl Disk {
                 return outcome.clone();
             }
             let mut outcome = Ok(());
-            for layer in inner.view().layers.iter() {
-                outcome = outcome.and(layer.image.close().await);
+            for (depth, layer) in inner.view().layers.iter().enumerate() {
+                let ended = if !layer.lent {
+                    layer.image.close().await
+                } else if depth == 0 && !layer.image.read_only() && layer.image.poisoned().is_none() {
+                    layer.image.settle().await
+                } else {
+                    Ok(())
+                };
+                outcome = outcome.and(ended);
             }
             *closed = Some(outcome.clone());
             outcome
@@ -340,6 +349,11 @@ impl Disk {
     /// Finds a layer below the top by the name of its file (as recorded or as opened) or by its node name.
     pub fn find_base(&self, name: &str) -> Option<StreamBase> {
         self.inner.find_base(name)
+    }
+
+    /// Whether a job has it.
+    pub fn claimed(&self) -> bool {
+        self.inner.claim.borrow().is_some()
     }
 
     /// Takes the disk for a job (one at a time); given back when the token is dropped. [`ErrorKind::Busy`] otherwise.

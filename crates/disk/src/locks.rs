@@ -106,6 +106,11 @@ impl RangeLocks {
         self.try_take(range, Mode::Shared)
     }
 
+    /// Takes the range alone, if nobody is in the way.
+    pub(crate) fn try_exclusive(&self, range: GuestRange) -> Option<Held> {
+        self.try_take(range, Mode::Exclusive)
+    }
+
     /// Takes the range for a write in place, in line.
     pub(crate) async fn shared(&self, range: GuestRange) -> Held {
         self.take(range, Mode::Shared).await

@@ -126,7 +126,7 @@ impl Inner {
                 drop(permit);
                 at = missing.start() + self.unit;
                 self.complete(&view, missing.start().range(self.unit)).await?
-            } else if self.may_share.get() && missing.start() >= copy_until {
+            } else if self.may_share.get() && !self.top.has_fixed_places() && missing.start() >= copy_until {
                 drop(permit);
                 at = missing.start();
                 let (outcome, tried) = self.share(&view, missing).await?;
@@ -228,6 +228,15 @@ impl Inner {
 
     /// Marks whole clusters as zeros where the top has nothing.
     async fn mark(self: &Rc<Self>, view: &Rc<View>, range: GuestRange) -> Result<Outcome> {
+        self.mark_unless(view, range, &|at| self.locks.is_exclusively_held(at)).await
+    }
+
+    async fn mark_unless(
+        self: &Rc<Self>,
+        view: &Rc<View>,
+        range: GuestRange,
+        veto: &dyn Fn(GuestOffset) -> bool,
+    ) -> Result<Outcome> {
         let clusters = range.align_outward(self.unit);
         let nothing = Outcome { left: clusters.len(), ..Outcome::default() };
         let Some(_populating) = self.publishing.begin() else { return Ok(nothing) };
@@ -239,7 +248,7 @@ impl Inner {
         while !rest.is_empty() {
             let reservation = self.reserve(rest, Purpose::Zero).await?;
             rest = rest.skip(reservation.range().len());
-            let linked = self.link_where_unallocated(reservation);
+            let linked = self.link_unless(reservation, veto);
             outcome.zero += linked.linked;
             outcome.left += linked.dropped;
         }
@@ -258,6 +267,14 @@ impl Inner {
         if !self.is_current(view) {
             return Ok(nothing);
         }
+        // Where clusters have fixed places, what is written there must be nobody else's meanwhile.
+        let mut alone = None;
+        if self.top.has_fixed_places() {
+            alone = self.locks.try_exclusive(clusters);
+            if alone.is_none() {
+                return Ok(nothing);
+            }
+        }
         let bytes = |part: GuestRange| {
             let from = usize_of(part.start() - clusters.start());
             data.slice(from..from + usize_of(part.len()))
@@ -265,16 +282,17 @@ impl Inner {
         let mut outcome = Outcome::default();
         let mut rest = clusters;
         while !rest.is_empty() {
-            let fate = self.fate(rest.first(self.unit), &bytes)?;
+            let veto = |at: GuestOffset| alone.is_none() && self.locks.is_exclusively_held(at);
+            let fate = self.fate(rest.first(self.unit), &bytes, &veto)?;
             let mut run = rest.first(self.unit);
-            while run.len() < rest.len() && self.fate(rest.skip(run.len()).first(self.unit), &bytes)? == fate {
+            while run.len() < rest.len() && self.fate(rest.skip(run.len()).first(self.unit), &bytes, &veto)? == fate {
                 run = rest.first(run.len() + self.unit);
             }
             rest = rest.skip(run.len());
             match fate {
                 Fate::Leave => outcome.left += run.len(),
                 Fate::Mark => {
-                    let marked = self.mark(view, run).await?;
+                    let marked = self.mark_unless(view, run, &veto).await?;
                     outcome.zero += marked.zero;
                     outcome.left += marked.left;
                 }
@@ -284,7 +302,7 @@ impl Inner {
                         let reservation = self.reserve(run, Purpose::Data).await?;
                         let part = reservation.range();
                         self.write_store(self.place(&reservation)?, bytes(part), false).await?;
-                        let linked = self.link_where_unallocated(reservation);
+                        let linked = self.link_unless(reservation, &veto);
                         outcome.data += linked.linked;
                         outcome.left += linked.dropped;
                         run = run.skip(part.len());
@@ -296,10 +314,15 @@ impl Inner {
     }
 
     /// What is to be done with a fetched cluster, as things stand now.
-    fn fate(&self, cluster: GuestRange, bytes: &impl Fn(GuestRange) -> Iov) -> Result<Fate> {
+    fn fate(
+        &self,
+        cluster: GuestRange,
+        bytes: &impl Fn(GuestRange) -> Iov,
+        veto: &dyn Fn(GuestOffset) -> bool,
+    ) -> Result<Fate> {
         let now = self.top.lookup(self.clip(cluster))?;
         let taken = now.is_some_and(|now| now.mapping != Mapping::Unallocated);
-        Ok(if taken || self.locks.is_exclusively_held(cluster.start()) {
+        Ok(if taken || veto(cluster.start()) {
             Fate::Leave
         } else if bytes(cluster).is_zero() {
             Fate::Mark
@@ -309,7 +332,11 @@ impl Inner {
     }
 
     fn link_where_unallocated(self: &Rc<Self>, reservation: Reservation) -> Linked {
-        let linked = reservation.link(Keep::Unallocated, |at| self.locks.is_exclusively_held(at));
+        self.link_unless(reservation, &|at| self.locks.is_exclusively_held(at))
+    }
+
+    fn link_unless(self: &Rc<Self>, reservation: Reservation, veto: &dyn Fn(GuestOffset) -> bool) -> Linked {
+        let linked = reservation.link(Keep::Unallocated, veto);
         self.linked(linked);
         linked
     }

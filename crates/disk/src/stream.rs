@@ -78,7 +78,7 @@ impl Inner {
         let wanted = bare(name);
         let view = self.view();
         let found = view.layers[1..].iter().find(|layer| {
-            layer.node == name || bare(&layer.name) == wanted || bare(layer.image.store().name()) == wanted
+            layer.node == name || bare(&layer.name) == wanted || bare(layer.image.file().name()) == wanted
         });
         found.map(|layer| StreamBase::Node(layer.node.clone()))
     }
@@ -100,7 +100,7 @@ impl Inner {
         if let (Some(backing), Some(base)) = (backing, kept.get_mut(1)) {
             base.name = backing.name;
         }
-        let let_go = view.layers[1..above].to_vec();
+        let let_go: Vec<_> = view.layers[1..above].iter().filter(|layer| !layer.lent).cloned().collect();
         let old = self.replace_view(View::new(kept));
         drop(stopped);
         drop(view);
@@ -163,7 +163,7 @@ impl Inner {
                 if means_the_same {
                     base.name.clone()
                 } else {
-                    let (base, top) = (base.image.store().name().to_owned(), top.to_owned());
+                    let (base, top) = (base.image.file().name().to_owned(), top.to_owned());
                     ring::unblock(move || names::express(&base, &top)).await
                 }
             }

@@ -1,4 +1,4 @@
-//! Exit codes, as documented in `docs/cli.md`. Usage errors are clap's, with code 2.
+//! Exit codes, as documented in `docs/cli.md`. Usage errors are clap's, with code 2, but for the tools of [`crate::usage`].
 
 use std::process::ExitCode;
 

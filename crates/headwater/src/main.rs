@@ -4,6 +4,7 @@
 //! code (see [`exit`]).
 #![forbid(unsafe_code)]
 
+mod background;
 mod client;
 mod demo;
 mod exit;
@@ -15,7 +16,9 @@ mod nbd;
 mod progress;
 mod serve;
 mod size;
+mod storage_daemon;
 mod tool;
+mod usage;
 
 use clap::{Parser, Subcommand};
 use exit::{Exit, Outcome};
@@ -48,6 +51,13 @@ enum Command {
     Nbd(nbd::Args),
     /// Serve disks to guests (NBD, vhost-user-blk) and to operators (QMP, HMP)
     Serve(serve::Args),
+    /// Serve named nodes, steered by QMP (the command line of `qemu-storage-daemon`)
+    #[command(disable_help_flag = true)]
+    StorageDaemon {
+        /// Its options; see --help
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        words: Vec<String>,
+    },
     /// Start to stream a disk's backing data into its image
     Stream(jobs::StreamArgs),
     /// List block jobs
@@ -89,22 +99,27 @@ struct Nbd {
 }
 
 /// The command line, as the name says that the program was called by.
-fn command() -> Command {
+fn command() -> Result<Command, Exit> {
     let called = std::env::args_os().next().unwrap_or_default();
     let called = std::path::Path::new(&called).file_name().and_then(std::ffi::OsStr::to_str).unwrap_or_default();
     if called == "qemu-img" {
         tool::set_name(called);
-        return Command::Img(Img::parse().command);
+        return usage::tool::<Img>().map(|img| Command::Img(img.command));
     }
     if called == "qemu-io" {
         tool::set_name(called);
-        return Command::Io(Io::parse().args);
+        return usage::tool::<Io>().map(|io| Command::Io(io.args));
     }
     if called == "qemu-nbd" {
         tool::set_name(called);
-        return Command::Nbd(Nbd::parse().args);
+        return usage::tool::<Nbd>().map(|nbd| Command::Nbd(nbd.args));
     }
-    Cli::parse().command
+    if called == "qemu-storage-daemon" {
+        tool::set_name(called);
+        let words = std::env::args_os().skip(1).map(|word| word.to_string_lossy().into_owned()).collect();
+        return Ok(Command::StorageDaemon { words });
+    }
+    usage::own::<Cli>().map(|cli| cli.command)
 }
 
 fn main() -> std::process::ExitCode {
@@ -112,7 +127,11 @@ fn main() -> std::process::ExitCode {
         .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("warn"));
     let colour = std::env::var_os("NO_COLOR").is_none() && std::io::IsTerminal::is_terminal(&std::io::stderr());
     tracing_subscriber::fmt().with_env_filter(filter).with_ansi(colour).with_writer(std::io::stderr).init();
-    let outcome: Outcome = match command() {
+    let command = match command() {
+        Ok(command) => command,
+        Err(exit) => return exit.into(),
+    };
+    let outcome: Outcome = match command {
         Command::Create(args) => create::run(args, create::Guess::Once),
         Command::Info(args) => info::run(&args),
         Command::Map(args) => map::run(&args),
@@ -121,6 +140,7 @@ fn main() -> std::process::ExitCode {
         Command::Io(args) => io::run(&args),
         Command::Nbd(args) => nbd::run(&args),
         Command::Serve(args) => serve::run(args),
+        Command::StorageDaemon { words } => storage_daemon::run(&words),
         Command::Stream(args) => jobs::stream(args),
         Command::Jobs(args) => jobs::list(&args),
         Command::Speed(args) => jobs::speed(args),

@@ -86,12 +86,14 @@ fn plan(args: &Args) -> Result<Plan, String> {
     let disks: Vec<DiskSpec> = named
         .into_iter()
         .map(|(name, file)| DiskSpec {
+            description: None,
             name,
             file,
             format,
             cache,
             read_only: args.read_only,
             copy_on_read: args.copy_on_read,
+            snapshot: None,
             source: Ailments {
                 delay: args.source_delay.map(Duration::from_millis),
                 broken_while: args.source_error_while.clone(),
@@ -192,6 +194,7 @@ async fn start_stream(engine: &Engine, name: &str, speed: u64) -> Result<(), Fai
                 on_error: OnError::Report,
                 auto_finalize: true,
                 auto_dismiss: true,
+                hold: None,
             };
             shard.jobs().stream(options).map_err(Failure::from)
         })

@@ -5,6 +5,11 @@ pub(crate) fn parse(text: &str) -> Result<u64, String> {
     let bad = || {
         format!("Invalid size '{text}': a number of bytes, or one with a suffix k, M, G, T, P or E (powers of 1024)")
     };
+    if let Some(digits) = text.strip_prefix("0x").or_else(|| text.strip_prefix("0X")) {
+        // As QEMU has it: without a suffix, since some of those are digits.
+        let bytes = u64::from_str_radix(digits, 16).map_err(|_| bad())?;
+        return i64::try_from(bytes).map(|_| bytes).map_err(|_| bad());
+    }
     let digits = text.trim_end_matches(|c: char| c.is_ascii_alphabetic());
     let shift = match &text[digits.len()..] {
         "" | "b" | "B" => 0,
@@ -17,13 +22,18 @@ pub(crate) fn parse(text: &str) -> Result<u64, String> {
         _ => return Err(bad()),
     };
     let (whole, fraction) = digits.split_once('.').unwrap_or((digits, ""));
-    if whole.is_empty() || !whole.bytes().all(|b| b.is_ascii_digit()) || !fraction.bytes().all(|b| b.is_ascii_digit()) {
+    if whole.is_empty() && fraction.is_empty()
+        || !whole.bytes().all(|b| b.is_ascii_digit())
+        || !fraction.bytes().all(|b| b.is_ascii_digit())
+    {
         return Err(bad());
     }
-    if (!fraction.is_empty() && shift == 0) || fraction.len() > 18 {
+    // There is no part of a byte.
+    if (fraction.bytes().any(|b| b != b'0') && shift == 0) || fraction.len() > 18 {
         return Err(bad());
     }
     let too_large = || format!("Size '{text}' is too large: the limit is 8 EiB - 1");
+    let whole = if whole.is_empty() { "0" } else { whole };
     let whole: u128 = whole.parse().map_err(|_| too_large())?;
     let scale = 10_u128.pow(fraction.len() as u32);
     let fraction: u128 = if fraction.is_empty() { 0 } else { fraction.parse().map_err(|_| bad())? };
@@ -64,7 +74,11 @@ mod tests {
         assert_eq!(parse("64k"), Ok(65536));
         assert_eq!(parse("1.5G"), Ok(3 << 29));
         assert_eq!(parse("0"), Ok(0));
-        for bad in ["", "-1", "1.5", "4x", "k", "1 G", "0x10", "1..2G", "9E", "99999999999999999999"] {
+        assert_eq!(
+            (parse("0x80"), parse(".5k"), parse("1024.0"), parse("1.k")),
+            (Ok(128), Ok(512), Ok(1024), Ok(1024))
+        );
+        for bad in ["", "-1", "1.5", "4x", "k", "1 G", "0x", "0x1k", ".", "1..2G", "9E", "99999999999999999999"] {
             assert!(parse(bad).is_err(), "{bad}");
         }
     }

@@ -2,6 +2,7 @@
 
 use crate::{BackingRef, Error, ErrorKind, Format, Result, qcow2};
 use std::rc::Rc;
+use std::time::Duration;
 use store::Store;
 
 /// What of a new image has its place before anything is written.
@@ -33,12 +34,25 @@ pub struct CreateOptions {
     pub table_size: Option<u32>,
     /// QCOW2: everything else.
     pub qcow2: qcow2::Options,
+    /// What unlocks it, where it is encrypted.
+    pub passphrase: Option<crate::Passphrase>,
+    /// How long it shall take to try a passphrase on this machine; half a second by default.
+    pub iteration_time: Option<Duration>,
 }
 
 impl CreateOptions {
     /// Of this size, and nothing below; as each format has it by default.
     pub fn new(format: Format, size: u64) -> Self {
-        Self { format, size, backing: None, cluster_size: None, table_size: None, qcow2: qcow2::Options::default() }
+        Self {
+            format,
+            size,
+            backing: None,
+            cluster_size: None,
+            table_size: None,
+            qcow2: qcow2::Options::default(),
+            passphrase: None,
+            iteration_time: None,
+        }
     }
 }
 
@@ -47,6 +61,7 @@ pub fn validate(options: &CreateOptions) -> Result<Vec<String>> {
     match options.format {
         Format::Raw => crate::raw::validate(options),
         Format::Qcow2 => qcow2::validate(options),
+        Format::Luks => Ok(Vec::new()),
         Format::Qed => crate::qed::validate(options),
         format => Err(unwritten(format)),
     }
@@ -57,6 +72,10 @@ pub async fn create(store: Rc<dyn Store>, options: &CreateOptions) -> Result<()>
     match options.format {
         Format::Raw => crate::raw::create(store, options).await,
         Format::Qcow2 => qcow2::create(store, options).await,
+        Format::Luks => match &options.passphrase {
+            Some(passphrase) => crate::luks::create(store, options, passphrase).await,
+            None => Err(crate::luks::no_passphrase(&*store, "key-secret")),
+        },
         Format::Qed => crate::qed::create(store, options).await,
         format => Err(unwritten(format)),
     }

@@ -18,6 +18,7 @@
 #![forbid(unsafe_code)]
 
 pub mod backing;
+pub mod bitmap;
 pub mod check;
 mod cluster_set;
 mod commits;
@@ -27,6 +28,7 @@ mod grid;
 mod health;
 mod inflate;
 mod kept;
+mod luks;
 mod master;
 pub mod open;
 mod packed;
@@ -46,8 +48,10 @@ pub mod vmdk;
 mod vpc;
 
 pub use backing::BackingRef;
+pub use bitmap::{Bitmap, BitmapAction, Bits};
 pub use check::{CheckReport, Repair};
 pub use error::{Error, ErrorKind, Result};
+pub use luks::Passphrase;
 pub use open::{Companions, NoCompanions, OpenOptions, Surroundings, open, open_in};
 pub use probe::Format;
 pub use reservation::{Keep, Linked, Purpose, Reservation};
@@ -106,6 +110,8 @@ pub struct ImageInfo {
     pub dirty: bool,
     /// Things a user should know that are no error.
     pub warnings: Vec<String>,
+    /// Guests' data are encrypted.
+    pub encrypted: bool,
     /// QCOW2: what it alone has.
     pub qcow2: Option<qcow2::Qcow2Info>,
     /// VMDK: what it alone has.
@@ -123,6 +129,18 @@ pub trait Image: 'static {
 
     /// Where its bytes are. Payload goes there directly.
     fn store(&self) -> &Rc<dyn Store>;
+
+    /// The file that is the image: what its name is, and what other names are relative to. Where the guest's data are in a file of
+    /// their own, this is the other one.
+    fn file(&self) -> &Rc<dyn Store> {
+        self.store()
+    }
+
+    /// Whether a cluster's place in [`Image::store`] follows from where the guest sees it. Then a reservation is nobody's alone:
+    /// whoever writes to its place holds the guest's range against every other writer, until it is linked or dropped.
+    fn has_fixed_places(&self) -> bool {
+        false
+    }
 
     /// The size the guest sees, in bytes.
     fn size(&self) -> u64;
@@ -227,8 +245,10 @@ pub trait Image: 'static {
         Box::pin(async { Err(error) })
     }
 
-    /// Gives every cluster of a new image its place. Nothing else is in flight; durable when it returns.
-    fn preallocate(&self, how: create::Preallocation) -> ImageFuture<'_, ()> {
+    /// Gives every cluster from `from` on, where nothing is allocated (a new image, or what has grown), its place. Nothing else is in
+    /// flight; durable when it returns.
+    fn preallocate(&self, from: GuestOffset, how: create::Preallocation) -> ImageFuture<'_, ()> {
+        let _ = from;
         let what = format!("the format '{}' has no preallocation '{how:?}'", self.format());
         let error = Error::new(ErrorKind::Unsupported, self.store().name(), None, what);
         Box::pin(async move { if how == create::Preallocation::Off { Ok(()) } else { Err(error) } })
@@ -250,6 +270,28 @@ pub trait Image: 'static {
     fn snapshot(&self, action: SnapshotAction) -> ImageFuture<'_, ()> {
         let what = format!("the format '{}' has no internal snapshots ({action:?})", self.format());
         let error = Error::new(ErrorKind::Unsupported, self.store().name(), None, what);
+        Box::pin(async { Err(error) })
+    }
+
+    /// The persistent bitmaps.
+    fn bitmaps(&self) -> ImageFuture<'_, Vec<Bitmap>> {
+        Box::pin(async { Ok(Vec::new()) })
+    }
+
+    /// What the bitmap of this name says.
+    fn bitmap_bits<'a>(&'a self, name: &'a str) -> ImageFuture<'a, Bits> {
+        Box::pin(async move { Err(bitmap::not_found(self.store().name(), name)) })
+    }
+
+    /// Changes bitmaps. Nothing else is in flight; durable when it returns.
+    fn bitmap(&self, action: BitmapAction) -> ImageFuture<'_, ()> {
+        let (what, name) = ("Operation not supported", self.store().name());
+        let error = match action {
+            BitmapAction::Add(..) => {
+                Error::new(ErrorKind::Unsupported, name, None, format!("Can't store persistent bitmaps: {what}"))
+            }
+            other => bitmap::not_found(name, other.name()),
+        };
         Box::pin(async { Err(error) })
     }
 

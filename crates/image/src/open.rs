@@ -44,11 +44,15 @@ pub struct Surroundings<'a> {
     pub companions: &'a dyn Companions,
     /// What unlocks it, if it is encrypted.
     pub passphrase: Option<&'a [u8]>,
+    /// The internal snapshot (its id, or its name) to show instead of the present state; read-only.
+    pub snapshot: Option<&'a str>,
+    /// No guest writes through it: what its bitmaps record stays true.
+    pub no_guest: bool,
 }
 
 impl Default for Surroundings<'_> {
     fn default() -> Self {
-        Self { companions: &NoCompanions, passphrase: None }
+        Self { companions: &NoCompanions, passphrase: None, snapshot: None, no_guest: false }
     }
 }
 
@@ -65,9 +69,14 @@ pub async fn open_in(
     options: OpenOptions,
     surroundings: Surroundings<'_>,
 ) -> Result<Rc<dyn Image>> {
+    if let (Some(snapshot), true) = (surroundings.snapshot, format != Format::Qcow2) {
+        let what = format!("the format '{format}' has no internal snapshots, so there is no '{snapshot}'");
+        return Err(Error::new(ErrorKind::Unsupported, store.name(), None, what));
+    }
     match format {
         Format::Raw => crate::raw::open(store, options),
-        Format::Qcow2 => crate::qcow2::open(store, options).await,
+        Format::Qcow2 => crate::qcow2::open(store, options, surroundings).await,
+        Format::Luks => crate::luks::open(store, options, surroundings).await,
         Format::Vdi | Format::Parallels => crate::grid::open(store, format, options).await,
         Format::Vpc => crate::vpc::open(store, options).await,
         Format::Qed => crate::qed::open(store, options).await,

@@ -34,11 +34,13 @@ pub enum Format {
     Zstd,
     /// A raw disk packed with gzip, in members or chunks that can be found; read only.
     Gzip,
+    /// An encrypted volume (LUKS, version 1).
+    Luks,
 }
 
 impl Format {
     /// All of them: first those that are written, too.
-    pub const ALL: [Self; 11] = [
+    pub const ALL: [Self; 12] = [
         Self::Raw,
         Self::Qed,
         Self::Qcow2,
@@ -50,6 +52,7 @@ impl Format {
         Self::Vhdx,
         Self::Zstd,
         Self::Gzip,
+        Self::Luks,
     ];
 
     /// The name users write: `raw`, `qed`.
@@ -66,6 +69,7 @@ impl Format {
             Self::Vhdx => "vhdx",
             Self::Zstd => "zstd",
             Self::Gzip => "gzip",
+            Self::Luks => "luks",
         }
     }
 
@@ -76,7 +80,7 @@ impl Format {
 
     /// Whether images of it are made and written, not only read.
     pub fn is_written(self) -> bool {
-        matches!(self, Self::Raw | Self::Qed | Self::Qcow2)
+        matches!(self, Self::Raw | Self::Qed | Self::Qcow2 | Self::Luks)
     }
 }
 
@@ -87,9 +91,8 @@ impl fmt::Display for Format {
 }
 
 /// Formats that are recognised by their first bytes, and not served: offset, bytes, name.
-const FOREIGN: [(usize, &[u8], &str); 8] = [
+const FOREIGN: [(usize, &[u8], &str); 7] = [
     (0, b"COWD", "VMDK (version 3)"),
-    (0, b"LUKS\xba\xbe", "LUKS"),
     (0, b"Bochs Virtual HD Image", "Bochs"),
     (0, b"#!/bin/sh\n#V2.0 Format\nmodprobe cloop", "cloop"),
     (0, b"OOOM", "User-mode Linux COW"),
@@ -128,6 +131,8 @@ fn by_head(head: &[u8]) -> Found {
         Format::Qcow
     } else if is(&layout::qcow2::MAGIC) {
         Format::Qcow2
+    } else if is(&layout::luks::MAGIC) {
+        Format::Luks
     } else if is(&layout::vpc::COOKIE) {
         Format::Vpc
     } else if is(&layout::vhdx::SIGNATURE) {
@@ -169,7 +174,7 @@ pub(crate) fn like_an_image(head: &[u8]) -> Option<&'static str> {
     }
 }
 
-/// What the first bytes look like; `Raw` when like nothing known. Formats that are recognised but not served (LUKS, DMG, …)
+/// What the first bytes look like; `Raw` when like nothing known. Formats that are recognised but not served (DMG, Bochs, …)
 /// are an error that names them: serving their bytes as raw would be a guess.
 pub async fn probe(store: &dyn Store) -> Result<Format> {
     let head = Iov::alloc(HEAD);

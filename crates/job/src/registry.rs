@@ -111,7 +111,8 @@ impl Jobs {
 
     /// Starts a stream. Call on the shard's ring.
     pub fn stream(&self, options: StreamOptions) -> Result<(), JobError> {
-        let StreamOptions { id, disk, base, backing_name, speed, on_error, auto_finalize, auto_dismiss } = options;
+        let StreamOptions { id, disk, base, backing_name, speed, on_error, auto_finalize, auto_dismiss, hold } =
+            options;
         match &base {
             StreamBase::Nothing if backing_name.is_some() => {
                 return Err(invalid("backing file specified, but streaming the entire chain".into()));
@@ -133,7 +134,7 @@ impl Jobs {
             _ => invalid(error.to_string()),
         })?;
         let start = Start { id, device, speed, on_error, auto_finalize, auto_dismiss };
-        self.start(start, Rc::new(DiskTarget { disk, base, backing_name }), Some(Box::new(claim)))
+        self.start(start, Rc::new(DiskTarget { disk, base, backing_name }), Some(Box::new((claim, hold))))
     }
 
     /// Starts a job on whatever can be streamed into.

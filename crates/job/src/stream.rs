@@ -5,6 +5,7 @@ use crate::life::{End, Life};
 use disk::{Copied, Disk, Missing, Result, StreamBase};
 use futures_util::future::LocalBoxFuture;
 use layout::{GuestOffset, GuestRange};
+use std::any::Any;
 use std::rc::Rc;
 
 /// What a job does about an error while copying (QMP's `BlockdevOnError`).
@@ -59,6 +60,8 @@ pub struct StreamOptions {
     pub auto_finalize: bool,
     /// Disappear when concluded without waiting for [`crate::Jobs::dismiss`].
     pub auto_dismiss: bool,
+    /// What the job keeps until it is gone: a hold on what it works on.
+    pub hold: Option<Box<dyn Any>>,
 }
 
 /// What a stream works on: a disk, seen from a base. Of its own so that the job's tests can be awkward.

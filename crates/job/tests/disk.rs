@@ -2,7 +2,7 @@
 
 extern crate headwater_job as job;
 
-use disk::chain::{ChainOptions, Opener, open_chain};
+use disk::chain::{ChainOptions, Opened, Opener, open_chain};
 use disk::{Disk, DiskOptions, Error, ErrorKind, StreamBase};
 use futures_util::future::LocalBoxFuture;
 use image::create::{CreateOptions, create};
@@ -16,9 +16,9 @@ use std::collections::HashMap;
 use std::rc::Rc;
 use std::sync::LazyLock;
 use std::time::Duration;
+use store::Operation;
 use store::fault::{Action, Failure, FaultStore, Match};
 use store::memory::MemoryStore;
-use store::{Operation, Store};
 
 const MIB: u64 = 1 << 20;
 const SIZE: u64 = 16 * MIB;
@@ -81,6 +81,7 @@ impl World {
             on_error: OnError::Report,
             auto_finalize: true,
             auto_dismiss: true,
+            hold: None,
         };
         change(&mut options);
         self.jobs.stream(options)
@@ -113,14 +114,9 @@ impl World {
 }
 
 impl Opener for World {
-    fn open<'a>(
-        &'a self,
-        name: &'a str,
-        _: Option<&'a str>,
-        _: bool,
-    ) -> LocalBoxFuture<'a, disk::Result<Rc<dyn Store>>> {
+    fn open<'a>(&'a self, name: &'a str, _: Option<&'a str>, _: bool) -> LocalBoxFuture<'a, disk::Result<Opened>> {
         Box::pin(async move {
-            let found = self.files.borrow().get(name).map(|faults| Rc::clone(faults) as Rc<dyn Store>);
+            let found = self.files.borrow().get(name).map(|faults| Opened::from(Rc::clone(faults)));
             found.ok_or_else(|| Error::new(ErrorKind::Chain, name, None, "no such file in this world"))
         })
     }

@@ -5,6 +5,7 @@
 
 pub mod addr;
 pub mod field;
+pub mod luks;
 mod number;
 pub mod packed;
 pub mod parallels;

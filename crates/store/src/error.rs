@@ -159,14 +159,22 @@ impl Error {
 
 fn kind_of(source: &io::Error) -> ErrorKind {
     match source.raw_os_error() {
-        Some(libc::ENOSPC | libc::EDQUOT) => ErrorKind::NoSpace,
-        Some(libc::EROFS) => ErrorKind::ReadOnly,
-        Some(libc::ENOENT | libc::ENOTDIR) => ErrorKind::NotFound,
-        Some(libc::EACCES | libc::EPERM) => ErrorKind::Permission,
-        Some(libc::EEXIST) => ErrorKind::Exists,
-        Some(libc::EFBIG) => ErrorKind::OutOfRange,
-        Some(libc::EOPNOTSUPP | libc::ENOSYS) => ErrorKind::Unsupported,
-        _ if source.kind() == io::ErrorKind::Unsupported => ErrorKind::Unsupported,
+        Some(errno) => kind_of_errno(errno),
+        None if source.kind() == io::ErrorKind::Unsupported => ErrorKind::Unsupported,
+        None => ErrorKind::Io,
+    }
+}
+
+/// What an errno says.
+pub(crate) fn kind_of_errno(errno: i32) -> ErrorKind {
+    match errno {
+        libc::ENOSPC | libc::EDQUOT => ErrorKind::NoSpace,
+        libc::EROFS => ErrorKind::ReadOnly,
+        libc::ENOENT | libc::ENOTDIR => ErrorKind::NotFound,
+        libc::EACCES | libc::EPERM => ErrorKind::Permission,
+        libc::EEXIST => ErrorKind::Exists,
+        libc::EFBIG => ErrorKind::OutOfRange,
+        libc::EOPNOTSUPP | libc::ENOSYS => ErrorKind::Unsupported,
         _ => ErrorKind::Io,
     }
 }

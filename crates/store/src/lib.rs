@@ -1,18 +1,24 @@
 //! Places that hold bytes. Floor 2: a store knows nothing of what its bytes mean.
 //!
-//! The contract is [`Store`]. [`mod@file`] holds a local file or block device, [`memory`] holds bytes in memory; [`fault`] and
-//! [`trace`] are decorators around any of them, [`joined`] is several of them as one, [`patched`] one with
-//! some bytes changed.
+//! The contract is [`Store`]. [`mod@file`] holds a local file or block device, [`memory`] holds bytes in memory, [`null`] holds none,
+//! [`mod@nbd`] is an export of somebody else's server; [`fault`], [`trace`], [`throttle`] and [`debug`] are decorators around any of them,
+//! [`joined`] is several of them as one, [`patched`] one with some bytes changed.
 #![forbid(unsafe_code)]
 
 mod abandoned;
 pub mod ailing;
+pub mod cipher;
+pub mod debug;
 pub mod error;
 pub mod fault;
 pub mod file;
 pub mod joined;
 pub mod memory;
+pub mod nbd;
+pub mod null;
+pub mod part;
 pub mod patched;
+pub mod throttle;
 pub mod trace;
 
 pub use error::{Error, ErrorKind, Operation, Result};
@@ -92,6 +98,11 @@ pub struct Limits {
 pub trait Store: 'static {
     /// What messages call it: the path as the user wrote it.
     fn name(&self) -> &str;
+
+    /// What kind of place it is, in QEMU's words.
+    fn protocol(&self) -> &'static str {
+        "file"
+    }
 
     /// Length in bytes, now.
     fn size(&self) -> u64;

@@ -2,12 +2,12 @@
 //!
 //! The first byte says how the rest is cut into pieces. Whatever the pieces, the outcome is that of the whole.
 
-use export::nbd::client::{ClientHandshake, ClientProgress, Goal, Session, Transactions};
-use export::nbd::handshake::{Handshake, MAX_INPUT, Offer, Progress};
-use export::nbd::option::BlockSize;
-use export::nbd::proto::{Command, CommandFlags, MAX_PAYLOAD, REQUEST_LEN, TransmissionFlags};
-use export::nbd::reply::ReplyHead;
-use export::nbd::request::{Request, Terms};
+use nbd::client::{ClientHandshake, ClientProgress, Goal, Session, Transactions};
+use nbd::handshake::{Handshake, MAX_INPUT, Offer, Progress};
+use nbd::option::BlockSize;
+use nbd::proto::{Command, CommandFlags, MAX_PAYLOAD, REQUEST_LEN, TransmissionFlags};
+use nbd::reply::ReplyHead;
+use nbd::request::{Request, Terms};
 
 /// What a peer may make us answer, for each byte that it sends, and once: the longest reply to the shortest option.
 const ANSWER_A_BYTE: usize = 512;

@@ -21,7 +21,7 @@ const SIZE: u64 = 1 << 20;
 
 async fn disk(store: Rc<MemoryStore>) -> Rc<Disk> {
     let image = image::open(store, Format::Raw, OpenOptions::default()).await.expect("bytes in memory");
-    Disk::new("fuzzed", vec![Layer { node: "top".into(), name: "fuzzed".into(), image }], DiskOptions::default())
+    Disk::new("fuzzed", vec![Layer::new("top", "fuzzed", image)], DiskOptions::default())
 }
 
 /// Whatever a guest's memory holds: a chain with an end is answered with a status the specification has, the disk keeps

@@ -11,7 +11,7 @@ pub(crate) struct Arguments {
     members: Map<String, Value>,
 }
 
-fn wrong_type(name: &str, expected: &str) -> Failure {
+pub(super) fn wrong_type(name: &str, expected: &str) -> Failure {
     Failure::generic(format!("Invalid parameter type for '{name}', expected: {expected}"))
 }
 
@@ -68,16 +68,43 @@ impl Arguments {
         known(&text).map(Some).ok_or_else(refused)
     }
 
+    /// A list that may be left out.
+    pub(crate) fn list(&mut self, name: &str) -> Result<Vec<Value>, Failure> {
+        match self.members.shift_remove(name) {
+            None => Ok(Vec::new()),
+            Some(Value::Array(items)) => Ok(items),
+            Some(_) => Err(wrong_type(name, "array")),
+        }
+    }
+
+    /// An object that must be there.
+    pub(crate) fn object(&mut self, name: &str) -> Result<Map<String, Value>, Failure> {
+        match self.members.shift_remove(name) {
+            None => Err(missing(name)),
+            Some(Value::Object(tree)) => Ok(tree),
+            Some(_) => Err(wrong_type(name, "object")),
+        }
+    }
+
+    /// All that is left, for whoever knows what it means.
+    pub(crate) fn all(self) -> Map<String, Value> {
+        self.members
+    }
+
     /// Nothing may be left.
     pub(crate) fn end(self) -> Result<(), Failure> {
         match self.members.keys().next() {
             None => Ok(()),
-            Some(name) => Err(Failure::generic(format!("Parameter '{name}' is unexpected"))),
+            Some(name) => Err(unexpected(name)),
         }
     }
 }
 
-fn missing(name: &str) -> Failure {
+pub(super) fn unexpected(name: &str) -> Failure {
+    Failure::generic(format!("Parameter '{name}' is unexpected"))
+}
+
+pub(super) fn missing(name: &str) -> Failure {
     Failure::generic(format!("Parameter '{name}' is missing"))
 }
 

@@ -1,7 +1,8 @@
 //! The table of commands: every name there is, with what runs it.
 
 use super::arguments::Arguments;
-use super::{jobs, query};
+use super::schema::{Kind, Member, Schema, Takes, may, needs};
+use super::{event, exports, jobs, nodes, query, schema};
 use crate::{Engine, ErrorClass, Failure, hmp};
 use futures_util::future::BoxFuture;
 use serde_json::{Map, Value, json};
@@ -9,46 +10,203 @@ use serde_json::{Map, Value, json};
 /// What runs a command.
 type Run = for<'a> fn(&'a Engine, Arguments) -> BoxFuture<'a, Result<Value, Failure>>;
 
+/// A command: its name, what it takes and gives, and what runs it.
+struct Command {
+    name: &'static str,
+    takes: Takes,
+    gives: Kind,
+    run: Run,
+}
+
+const fn command(name: &'static str, members: &'static [Member], gives: Kind, run: Run) -> Command {
+    Command { name, takes: Takes { members, open: false }, gives, run }
+}
+
+/// One that takes more than is described.
+const fn open(name: &'static str, members: &'static [Member], gives: Kind, run: Run) -> Command {
+    Command { name, takes: Takes { members, open: true }, gives, run }
+}
+
 /// A command that takes nothing but a job; how it names it, and what it does.
 macro_rules! verb {
-    ($named:ident, $verb:expr) => {
-        |engine, arguments| Box::pin(jobs::plain(engine, arguments, jobs::Named::$named, $verb))
+    ($name:literal, $named:ident, $verb:expr) => {
+        command($name, jobs::Named::$named.takes(), NOTHING, |engine, arguments| {
+            Box::pin(jobs::plain(engine, arguments, jobs::Named::$named, $verb))
+        })
     };
 }
 
-/// Every command, in the order `query-commands` lists them.
-const COMMANDS: [(&str, Run); 29] = [
-    ("qmp_capabilities", |_, _| Box::pin(async { Err(negotiated()) })),
-    ("query-commands", |_, arguments| Box::pin(async { arguments.end().map(|()| names()) })),
-    ("query-version", |_, arguments| Box::pin(async { arguments.end().map(|()| version()) })),
-    ("query-name", |_, arguments| Box::pin(async { arguments.end().map(|()| json!({ "name": "headwater" })) })),
-    ("query-status", |_, arguments| Box::pin(async { arguments.end().map(|()| status()) })),
-    ("quit", |engine, arguments| Box::pin(async { arguments.end().map(|()| quit(engine)) })),
-    ("human-monitor-command", |engine, arguments| Box::pin(human(engine, arguments))),
-    ("query-block", |engine, arguments| Box::pin(query::block(engine, arguments))),
-    ("query-named-block-nodes", |engine, arguments| Box::pin(query::named_nodes(engine, arguments))),
-    ("query-blockstats", |engine, arguments| Box::pin(query::block_stats(engine, arguments))),
-    ("query-block-jobs", |engine, arguments| Box::pin(jobs::query_block_jobs(engine, arguments))),
-    ("query-jobs", |engine, arguments| Box::pin(jobs::query_jobs(engine, arguments))),
-    ("block-stream", |engine, arguments| Box::pin(jobs::block_stream(engine, arguments))),
-    ("block-job-set-speed", |engine, arguments| Box::pin(jobs::set_speed(engine, arguments, "speed"))),
-    ("block-job-cancel", |engine, arguments| Box::pin(jobs::cancel(engine, arguments))),
-    ("block-job-pause", verb!(Device, |jobs, id| jobs.pause(id))),
-    ("block-job-resume", verb!(Device, |jobs, id| jobs.resume(id))),
-    ("block-job-complete", verb!(Device, |jobs, id| jobs.complete(id))),
-    ("block-job-finalize", verb!(BlockId, |jobs, id| jobs.finalize(id))),
-    ("block-job-dismiss", verb!(BlockId, |jobs, id| jobs.dismiss(id))),
-    ("job-cancel", verb!(Id, |jobs, id| jobs.cancel(id, true))),
-    ("job-pause", verb!(Id, |jobs, id| jobs.pause(id))),
-    ("job-resume", verb!(Id, |jobs, id| jobs.resume(id))),
-    ("job-complete", verb!(Id, |jobs, id| jobs.complete(id))),
-    ("job-finalize", verb!(Id, |jobs, id| jobs.finalize(id))),
-    ("job-dismiss", verb!(Id, |jobs, id| jobs.dismiss(id))),
-    // The API of 2011.
-    ("block_stream", |engine, arguments| Box::pin(jobs::block_stream_2011(engine, arguments))),
-    ("block_job_cancel", |engine, arguments| Box::pin(jobs::cancel_2011(engine, arguments))),
-    ("block_job_set_speed", |engine, arguments| Box::pin(jobs::set_speed(engine, arguments, "value"))),
+/// What a function of `$module` runs.
+macro_rules! run {
+    ($module:ident::$function:ident) => {
+        |engine, arguments| Box::pin($module::$function(engine, arguments))
+    };
+}
+
+const NOTHING: Kind = Kind::Object(&[]);
+const LIST: Kind = Kind::List(&Kind::Any);
+
+const STREAM: &[Member] = &[
+    may("job-id", Kind::Text),
+    needs("device", Kind::Text),
+    may("base", Kind::Text),
+    may("base-node", Kind::Text),
+    may("backing-file", Kind::Text),
+    may("backing-mask-protocol", Kind::Flag),
+    may("bottom", Kind::Text),
+    may("speed", Kind::Integer),
+    may("on-error", Kind::Word(&["report", "ignore", "enospc", "stop", "auto"])),
+    may("filter-node-name", Kind::Text),
+    may("auto-finalize", Kind::Flag),
+    may("auto-dismiss", Kind::Flag),
 ];
+
+/// Addresses in their older form, with what they say in `data`, or plain.
+const ADDRESS: Kind = Kind::Open(&[needs("type", Kind::Text)]);
+
+/// What an export of either type takes; each takes more of its own.
+const EXPORT: &[Member] = &[
+    needs("type", Kind::Word(&["nbd", "vhost-user-blk"])),
+    needs("id", Kind::Text),
+    needs("node-name", Kind::Text),
+    may("writable", Kind::Flag),
+    may("writethrough", Kind::Flag),
+    may("iothread", Kind::Text),
+    may("fixed-iothread", Kind::Flag),
+    may("allow-inactive", Kind::Flag),
+];
+
+/// What a node of any driver takes; each takes more of its own. Switches may be words, as command lines have them.
+const NODE: &[Member] = &[
+    needs("driver", Kind::Text),
+    may("node-name", Kind::Text),
+    may("read-only", Kind::Any),
+    may("auto-read-only", Kind::Any),
+    may("force-share", Kind::Any),
+    may("cache", Kind::Any),
+    may("discard", Kind::Text),
+    may("detect-zeroes", Kind::Text),
+];
+
+const MODE: Kind = Kind::Word(&["safe", "hard"]);
+
+/// Every command, in the order `query-commands` lists them.
+const COMMANDS: &[Command] = &[
+    command("qmp_capabilities", &[may("enable", Kind::List(&Kind::Text))], NOTHING, |_, _| {
+        Box::pin(async { Err(negotiated()) })
+    }),
+    command("query-commands", &[], LIST, |_, _| Box::pin(async { Ok(names()) })),
+    command("query-qmp-schema", &[], LIST, |_, _| Box::pin(async { Ok(schema()) })),
+    command("query-version", &[], Kind::Any, |_, _| Box::pin(async { Ok(version()) })),
+    command("query-name", &[], Kind::Any, |_, _| Box::pin(async { Ok(json!({ "name": "headwater" })) })),
+    command("query-status", &[], Kind::Any, |_, _| Box::pin(async { Ok(status()) })),
+    command("quit", &[], NOTHING, |engine, _| Box::pin(async { Ok(quit(engine)) })),
+    command(
+        "human-monitor-command",
+        &[needs("command-line", Kind::Text), may("cpu-index", Kind::Integer)],
+        Kind::Text,
+        |e, a| Box::pin(human(e, a)),
+    ),
+    command("query-block", &[], LIST, run!(query::block)),
+    command("query-named-block-nodes", &[may("flat", Kind::Flag)], LIST, run!(query::named_nodes)),
+    command("query-blockstats", &[may("query-nodes", Kind::Flag)], LIST, run!(query::block_stats)),
+    command("query-block-jobs", &[], LIST, run!(jobs::query_block_jobs)),
+    command("query-jobs", &[], LIST, run!(jobs::query_jobs)),
+    open("blockdev-add", NODE, NOTHING, run!(nodes::add)),
+    command("blockdev-del", &[needs("node-name", Kind::Text)], NOTHING, run!(nodes::remove)),
+    command(
+        "block_resize",
+        &[may("device", Kind::Text), may("node-name", Kind::Text), needs("size", Kind::Integer)],
+        NOTHING,
+        run!(nodes::resize),
+    ),
+    command(
+        "change-backing-file",
+        &[needs("device", Kind::Text), needs("image-node-name", Kind::Text), needs("backing-file", Kind::Text)],
+        NOTHING,
+        run!(nodes::change_backing),
+    ),
+    open("object-add", &[needs("qom-type", Kind::Text), needs("id", Kind::Text)], NOTHING, run!(nodes::add_object)),
+    command("object-del", &[needs("id", Kind::Text)], NOTHING, run!(nodes::remove_object)),
+    open("block-export-add", EXPORT, NOTHING, run!(exports::add)),
+    command("block-export-del", &[needs("id", Kind::Text), may("mode", MODE)], NOTHING, run!(exports::remove)),
+    command("query-block-exports", &[], LIST, run!(exports::query)),
+    command(
+        "nbd-server-start",
+        &[
+            needs("addr", ADDRESS),
+            may("tls-creds", Kind::Text),
+            may("tls-authz", Kind::Text),
+            may("max-connections", Kind::Integer),
+        ],
+        NOTHING,
+        run!(exports::start_server),
+    ),
+    command(
+        "nbd-server-add",
+        &[
+            needs("device", Kind::Text),
+            may("name", Kind::Text),
+            may("description", Kind::Text),
+            may("writable", Kind::Flag),
+            may("bitmap", Kind::Text),
+        ],
+        NOTHING,
+        run!(exports::server_add),
+    ),
+    command(
+        "nbd-server-remove",
+        &[needs("name", Kind::Text), may("mode", MODE)],
+        NOTHING,
+        run!(exports::server_remove),
+    ),
+    command("nbd-server-stop", &[], NOTHING, run!(exports::stop_server)),
+    command("block-stream", STREAM, NOTHING, run!(jobs::block_stream)),
+    command(
+        "block-job-set-speed",
+        &[needs("device", Kind::Text), needs("speed", Kind::Integer)],
+        NOTHING,
+        |engine, arguments| Box::pin(jobs::set_speed(engine, arguments, "speed")),
+    ),
+    command("block-job-cancel", &[needs("device", Kind::Text), may("force", Kind::Flag)], NOTHING, run!(jobs::cancel)),
+    verb!("block-job-pause", Device, |jobs, id| jobs.pause(id)),
+    verb!("block-job-resume", Device, |jobs, id| jobs.resume(id)),
+    verb!("block-job-complete", Device, |jobs, id| jobs.complete(id)),
+    verb!("block-job-finalize", BlockId, |jobs, id| jobs.finalize(id)),
+    verb!("block-job-dismiss", BlockId, |jobs, id| jobs.dismiss(id)),
+    verb!("job-cancel", Id, |jobs, id| jobs.cancel(id, true)),
+    verb!("job-pause", Id, |jobs, id| jobs.pause(id)),
+    verb!("job-resume", Id, |jobs, id| jobs.resume(id)),
+    verb!("job-complete", Id, |jobs, id| jobs.complete(id)),
+    verb!("job-finalize", Id, |jobs, id| jobs.finalize(id)),
+    verb!("job-dismiss", Id, |jobs, id| jobs.dismiss(id)),
+    // The API of 2011.
+    command(
+        "block_stream",
+        &[needs("device", Kind::Text), may("base", Kind::Text)],
+        NOTHING,
+        run!(jobs::block_stream_2011),
+    ),
+    command("block_job_cancel", &[needs("device", Kind::Text)], NOTHING, run!(jobs::cancel_2011)),
+    command(
+        "block_job_set_speed",
+        &[needs("device", Kind::Text), needs("value", Kind::Integer)],
+        NOTHING,
+        |engine, arguments| Box::pin(jobs::set_speed(engine, arguments, "value")),
+    ),
+];
+
+/// What all of it looks like (`query-qmp-schema`).
+fn schema() -> Value {
+    let mut schema = Schema::default();
+    for Command { name, takes, gives, .. } in COMMANDS {
+        schema.command(name, *takes, *gives, false);
+    }
+    for (name, carries) in event::EVENTS {
+        schema.event(name, carries);
+    }
+    schema.finish()
+}
 
 /// The version as QMP clients read it: the QEMU whose monitor this one follows, and who we are.
 pub(crate) fn version() -> Value {
@@ -60,8 +218,11 @@ pub(crate) fn version() -> Value {
 
 /// Runs a command after negotiation.
 pub(crate) async fn run(engine: &Engine, name: &str, members: Map<String, Value>) -> Result<Value, Failure> {
-    match COMMANDS.iter().find(|(known, _)| *known == name) {
-        Some((_, run)) => run(engine, Arguments::new(members)).await,
+    match COMMANDS.iter().find(|command| command.name == name) {
+        Some(command) => {
+            schema::check(command.takes, &members)?;
+            (command.run)(engine, Arguments::new(members)).await
+        }
         None => {
             Err(Failure { class: ErrorClass::CommandNotFound, desc: format!("The command {name} has not been found") })
         }
@@ -76,7 +237,7 @@ fn negotiated() -> Failure {
 }
 
 fn names() -> Value {
-    COMMANDS.iter().map(|(name, _)| json!({ "name": name })).collect()
+    COMMANDS.iter().map(|command| json!({ "name": command.name })).collect()
 }
 
 /// The machine is somewhere else; as far as its disks go, it runs.

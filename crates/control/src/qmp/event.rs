@@ -1,12 +1,54 @@
 //! Events as they stand on the wire.
 
-use crate::{Ending, Stamped};
+use super::schema::{Kind, Member, may, needs};
+use crate::{Ending, Happening, Stamped};
 use job::Event;
 use serde_json::{Value, json};
 
+const CANCELLED: &[Member] = &[
+    needs("type", Kind::Text),
+    needs("device", Kind::Text),
+    needs("len", Kind::Integer),
+    needs("offset", Kind::Integer),
+    needs("speed", Kind::Integer),
+];
+
+const COMPLETED: &[Member] = &[
+    needs("type", Kind::Text),
+    needs("device", Kind::Text),
+    needs("len", Kind::Integer),
+    needs("offset", Kind::Integer),
+    needs("speed", Kind::Integer),
+    may("error", Kind::Text),
+];
+
+/// Every event, and what it carries.
+pub(super) const EVENTS: &[(&str, &[Member])] = &[
+    ("JOB_STATUS_CHANGE", &[needs("id", Kind::Text), needs("status", Kind::Text)]),
+    ("BLOCK_JOB_COMPLETED", COMPLETED),
+    ("BLOCK_JOB_CANCELLED", CANCELLED),
+    (
+        "BLOCK_JOB_ERROR",
+        &[
+            needs("device", Kind::Text),
+            needs("operation", Kind::Word(&["read", "write"])),
+            needs("action", Kind::Word(&["ignore", "report", "stop"])),
+        ],
+    ),
+    ("BLOCK_JOB_PENDING", &[needs("type", Kind::Text), needs("id", Kind::Text)]),
+    ("BLOCK_EXPORT_DELETED", &[needs("id", Kind::Text)]),
+    ("SHUTDOWN", &[needs("guest", Kind::Flag), needs("reason", Kind::Text)]),
+];
+
 /// An event's message.
 pub(crate) fn message(stamped: &Stamped) -> Value {
-    let (name, data) = match &stamped.event {
+    let event = match &stamped.event {
+        Happening::Job(event) => event,
+        Happening::ExportDeleted { id } => {
+            return named(stamped.seconds, stamped.microseconds, "BLOCK_EXPORT_DELETED", json!({ "id": id }));
+        }
+    };
+    let (name, data) = match event {
         Event::StatusChange { id, status } => ("JOB_STATUS_CHANGE", json!({ "status": status.name(), "id": id })),
         Event::Completed { id, len, offset, speed, error } => {
             let mut data = progress(id, *len, *offset, *speed);

@@ -1,10 +1,12 @@
 //! Commands on jobs: the API of 2011 with its underscores and its error classes, and today's names for the same.
 
 use super::arguments::Arguments;
+use super::schema::{Kind, Member, needs};
 use crate::{Device, Engine, ErrorClass, Failure, ShardState};
-use disk::StreamBase;
+use disk::{Disk, StreamBase};
 use job::{JobError, JobInfo, Jobs, OnError, StreamOptions};
 use serde_json::{Value, json};
+use std::any::Any;
 use std::future::ready;
 use std::rc::Rc;
 
@@ -58,6 +60,9 @@ impl Stream {
             return Err(Failure::generic(format!("'{first}' and '{second}' cannot be specified at the same time")));
         }
         let nodes = nodes(engine).await?;
+        if self.is_on_node(engine).await? {
+            return self.start_on_node(engine).await;
+        }
         let device = self.device_in(engine, &nodes)?;
         if let Some(name) = self.base_node.as_ref().or(self.bottom.as_ref()) {
             check_below(&nodes, name, &device, &self.device)?;
@@ -87,8 +92,50 @@ impl Stream {
         }
     }
 
+    /// Whether it is about a named node.
+    async fn is_on_node(&self, engine: &Engine) -> Result<bool, Failure> {
+        let name = self.device.clone();
+        engine.on_nodes(move |shard| ready(Ok(shard.graph().has(&name)))).await
+    }
+
+    /// Starts it on a named node, which it holds until it is gone.
+    async fn start_on_node(self, engine: &Engine) -> Result<(), Failure> {
+        // Nodes have no device whose name could be the job's.
+        let id = self.job_id.clone().ok_or_else(|| Failure::generic("Invalid job ID ''"))?;
+        engine
+            .on_nodes(move |shard| async move {
+                let graph = shard.graph();
+                if let Some(job) = graph.job_on(&self.device) {
+                    let what = format!("Node '{}' is busy: block device is in use by block job: {job}", self.device);
+                    return Err(Failure::generic(what));
+                }
+                if shard.jobs().info(&id).is_some() {
+                    return Err(Failure::generic(format!("Job ID '{id}' already in use")));
+                }
+                for name in self.base_node.iter().chain(self.bottom.iter()) {
+                    if !graph.has(name) {
+                        return Err(Failure::no_node(name));
+                    }
+                }
+                let hold = graph.take(&self.device, true).await?;
+                let disk = Rc::clone(hold.disk());
+                let below = |name: &String| disk.chain()[1..].iter().any(|layer| layer.node == *name);
+                for name in self.base_node.iter().chain(self.bottom.iter()) {
+                    if !below(name) {
+                        let what = format!("Node '{name}' is not a backing image of '{}'", self.device);
+                        return Err(Failure::generic(what));
+                    }
+                }
+                self.start_with(disk, &shard, Some(Box::new(hold)))
+            })
+            .await
+    }
+
     fn start_on(self, device: &Device, shard: &ShardState) -> Result<(), Failure> {
-        let disk = device.disk.clone();
+        self.start_with(device.disk.clone(), shard, None)
+    }
+
+    fn start_with(self, disk: Rc<Disk>, shard: &ShardState, hold: Option<Box<dyn Any>>) -> Result<(), Failure> {
         let chain = disk.chain();
         let base = if let Some(name) = &self.base {
             let found = disk.find_base(name);
@@ -111,6 +158,7 @@ impl Stream {
             on_error: self.on_error,
             auto_finalize: self.auto_finalize,
             auto_dismiss: self.auto_dismiss,
+            hold,
         };
         shard.jobs().stream(options).map_err(Failure::from)
     }
@@ -227,6 +275,18 @@ pub(crate) enum Named {
     BlockId,
     /// `job-*`: by `id`.
     Id,
+}
+
+impl Named {
+    /// What such a command takes.
+    pub(crate) const fn takes(self) -> &'static [Member] {
+        const DEVICE: &[Member] = &[needs("device", Kind::Text)];
+        const ID: &[Member] = &[needs("id", Kind::Text)];
+        match self {
+            Self::Device => DEVICE,
+            Self::BlockId | Self::Id => ID,
+        }
+    }
 }
 
 /// A command that takes nothing but a job.

@@ -1,7 +1,7 @@
 //! QMP: the machine monitor protocol, JSON over a unix socket.
 //!
 //! # Invariants
-//! * A client harms only itself: what it sends is bounded ([`mod@json`]), it is read only while its last command is answered, and one
+//! * A client harms only itself: what it sends is bounded ([`graph::json`]), it is read only while its last command is answered, and one
 //!   that does not read what it is sent is cut off rather than served with gaps.
 //! * Answers and events are one line each. What a command caused is told before the command's own answer.
 //! * When the process ends, clients hear of everything that this causes before they are hung up on.
@@ -9,26 +9,27 @@
 mod arguments;
 mod command;
 mod event;
+mod exports;
 mod jobs;
-mod json;
+mod nodes;
+mod place;
 mod query;
+mod schema;
 
 pub(crate) use command::version;
 pub(crate) use jobs::{Stream, all as all_jobs, block_job};
+pub use place::{Place, serve};
 pub(crate) use query::{block_text, stats_text};
 
-use crate::{Engine, ErrorClass, Failure, Stamped, socket};
-use json::{Framed, Framer};
+use crate::{Engine, ErrorClass, Failure, Stamped};
+use graph::json::{Framed, Framer};
 use serde_json::{Map, Value, json};
 use std::future::pending;
 use std::io;
 use std::path::Path;
-use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
-use tokio::net::UnixStream;
-use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
-use tokio::sync::{Semaphore, mpsc};
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
+use tokio::sync::mpsc;
 
 /// Clients served at a time; more wait to be accepted.
 const CLIENTS: usize = 64;
@@ -42,51 +43,48 @@ const WRITE_PATIENCE: Duration = Duration::from_secs(30);
 /// Listens for QMP clients on a unix socket (made anew; a stale one is replaced) until the runtime ends. Returns when the
 /// socket accepts.
 pub async fn listen(engine: Engine, socket: &Path) -> Result<(), Failure> {
-    let listener = socket::listen(socket).await?;
-    let places = Arc::new(Semaphore::new(CLIENTS));
-    tokio::spawn(async move {
-        loop {
-            let Ok(place) = Arc::clone(&places).acquire_owned().await else { return };
-            let accepted = tokio::select! {
-                accepted = listener.accept() => accepted,
-                // From here on nobody could do anything any more; the socket goes.
-                _ = engine.ending() => return,
-            };
-            match accepted {
-                Ok(stream) => {
-                    let engine = engine.clone();
-                    tokio::spawn(async move {
-                        let _at_monitor = engine.at_monitor();
-                        if let Err(error) = Client::new(engine.clone(), stream).serve().await {
-                            tracing::debug!(%error, "a QMP client is gone");
-                        }
-                        drop(place);
-                    });
-                }
-                Err(error) => {
-                    // Out of descriptors, most likely: others are served, this one may come again.
-                    tracing::warn!(%error, "could not accept a QMP client");
-                    tokio::time::sleep(Duration::from_millis(100)).await;
-                }
-            }
-        }
-    });
-    Ok(())
+    serve(engine, Place::Listen(socket.to_owned()), false).await
+}
+
+/// `blockdev-add`, of a command line.
+pub async fn blockdev_add(engine: &Engine, tree: Map<String, Value>) -> Result<(), Failure> {
+    nodes::add(engine, arguments::Arguments::new(tree)).await.map(drop)
+}
+
+/// `object-add`, of a command line.
+pub async fn object_add(engine: &Engine, tree: Map<String, Value>) -> Result<(), Failure> {
+    nodes::add_object(engine, arguments::Arguments::new(tree)).await.map(drop)
+}
+
+/// `block-export-add`, of a command line.
+pub async fn export_add(engine: &Engine, tree: Map<String, Value>) -> Result<(), Failure> {
+    exports::add(engine, arguments::Arguments::new(tree)).await.map(drop)
+}
+
+/// `nbd-server-start`, of a command line.
+pub async fn nbd_server_start(engine: &Engine, tree: Map<String, Value>) -> Result<(), Failure> {
+    exports::start_server(engine, arguments::Arguments::new(tree)).await.map(drop)
 }
 
 /// One connection.
 struct Client {
     engine: Engine,
-    input: OwnedReadHalf,
-    out: OwnedWriteHalf,
+    input: Box<dyn AsyncRead + Send + Unpin>,
+    out: Box<dyn AsyncWrite + Send + Unpin>,
+    /// Answers are spread over lines, for people.
+    pretty: bool,
     /// Events since negotiation; `None` before it.
     events: Option<mpsc::Receiver<Stamped>>,
 }
 
 impl Client {
-    fn new(engine: Engine, stream: UnixStream) -> Self {
-        let (input, out) = stream.into_split();
-        Self { engine, input, out, events: None }
+    fn new(
+        engine: Engine,
+        input: Box<dyn AsyncRead + Send + Unpin>,
+        out: Box<dyn AsyncWrite + Send + Unpin>,
+        pretty: bool,
+    ) -> Self {
+        Self { engine, input, out, pretty, events: None }
     }
 
     async fn serve(mut self) -> io::Result<()> {
@@ -204,7 +202,7 @@ impl Client {
     }
 
     async fn send(&mut self, message: &Value) -> io::Result<()> {
-        let mut line = message.to_string();
+        let mut line = if self.pretty { format!("{message:#}") } else { message.to_string() };
         line.push_str("\r\n");
         match tokio::time::timeout(WRITE_PATIENCE, self.out.write_all(line.as_bytes())).await {
             Ok(sent) => sent,
@@ -224,5 +222,7 @@ async fn next_event(events: &mut Option<mpsc::Receiver<Stamped>>) -> Option<Stam
 /// For fuzz/: all that a stream of these bytes holds (mistakes as their texts), and how many bytes are held back at its end.
 #[cfg(feature = "fuzzing")]
 pub fn framed(bytes: &[u8]) -> (Vec<Result<serde_json::Value, String>>, usize) {
-    json::framed(bytes)
+    let mut framer = Framer::default();
+    let values = bytes.iter().filter_map(|byte| framer.take(*byte)).collect();
+    (values, framer.held())
 }

@@ -37,10 +37,10 @@ impl SeenLayer {
         let info = image.info();
         Self {
             node: layer.node.clone(),
-            file: image.store().name().to_owned(),
+            file: image.file().name().to_owned(),
             format: image.format().name(),
             size: image.size(),
-            file_size: image.store().size(),
+            file_size: image.file().size(),
             cluster_size: info.cluster_size,
             dirty: info.dirty,
             read_only: image.read_only(),
@@ -151,6 +151,7 @@ pub(crate) async fn named_nodes(engine: &Engine, mut arguments: Arguments) -> Re
             answer.push(info);
         }
     }
+    answer.extend(super::nodes::list(engine).await?);
     Ok(Value::Array(answer))
 }
 

@@ -32,12 +32,14 @@ impl Daemon {
         let engine = Engine::start(&EngineConfig { shards: 2, ..EngineConfig::default() }).unwrap();
         for (name, file, format) in [("top", "top.qed", Format::Qed), ("plain", "plain.img", Format::Raw)] {
             let spec = DiskSpec {
+                description: None,
                 name: name.into(),
                 file: dir.path().join(file).to_str().unwrap().into(),
                 format: Some(format),
                 cache: CacheMode::Writeback,
                 read_only: false,
                 copy_on_read: false,
+                snapshot: None,
                 source: store::ailing::Ailments::default(),
             };
             engine.add_disk(spec).await.unwrap();
@@ -92,6 +94,8 @@ fn make_images(dir: &Path) {
                 cluster_size: None,
                 table_size: None,
                 qcow2: image::qcow2::Options::default(),
+                passphrase: None,
+                iteration_time: None,
             };
             let store = FileStore::create(&dir.join(name), OpenOptions::default()).await.unwrap();
             create(store.clone(), &options).await.unwrap();

@@ -2,7 +2,7 @@
 
 use super::dice::Dice;
 use super::sketch::{Plain, Sketch, Tables};
-use disk::chain::{ChainOptions, Opener, open_chain};
+use disk::chain::{ChainOptions, Opened, Opener, open_chain};
 use disk::{Disk, DiskOptions, Error, ErrorKind, Layer, Result};
 use futures_util::future::LocalBoxFuture;
 use image::create::{CreateOptions, create};
@@ -86,6 +86,8 @@ impl World {
                     cluster_size: unit,
                     table_size: None,
                     qcow2: image::qcow2::Options::default(),
+                    passphrase: None,
+                    iteration_time: None,
                 };
                 create(file.bytes.clone(), &options).await.unwrap();
             }
@@ -141,7 +143,7 @@ impl World {
                 None => Plain::open(store, read_only),
             };
             next = image.backing().map(|backing| backing.name);
-            layers.push(Layer { node: format!("node-{name}"), name, image });
+            layers.push(Layer::new(format!("node-{name}"), name, image));
         }
         layers
     }
@@ -170,10 +172,12 @@ impl Opener for World {
         name: &'a str,
         referrer: Option<&'a str>,
         read_only: bool,
-    ) -> LocalBoxFuture<'a, Result<Rc<dyn Store>>> {
+    ) -> LocalBoxFuture<'a, Result<Opened>> {
         Box::pin(async move {
             let store = self.store(name, read_only || referrer.is_some());
-            store.ok_or_else(|| Error::new(ErrorKind::Chain, name, None, "no such file in this world"))
+            store
+                .map(Opened::from)
+                .ok_or_else(|| Error::new(ErrorKind::Chain, name, None, "no such file in this world"))
         })
     }
 

@@ -5,16 +5,16 @@
 
 use super::execute;
 use super::flight::{Flight, Ticket};
-use super::handshake::{Agreement, Handshake, Offer, Progress};
 use super::inbound::Inbound;
 use super::outbox::{Outbox, Piece};
-use super::proto::{Command, NbdError};
-use super::reply::Head;
-use super::request::{Refusal, Request, Terms};
 use disk::Disk;
+use nbd::handshake::{Agreement, Handshake, Offer, Progress};
+use nbd::proto::{Command, NbdError};
+use nbd::reply::Head;
+use nbd::request::{Refusal, Request, Terms};
 use ring::{File, Iov, spawn};
 use rustix::net::Shutdown;
-use std::cell::Cell;
+use std::cell::{Cell, RefCell};
 use std::io;
 use std::rc::Rc;
 use std::time::Duration;
@@ -33,11 +33,28 @@ pub(super) struct Link {
     file: File,
     flight: Rc<Flight>,
     transmitting: Cell<bool>,
+    /// The export it is about, once that is known.
+    export: RefCell<Option<String>>,
 }
 
 impl Link {
     pub(super) fn new(file: File) -> Rc<Self> {
-        Rc::new(Self { file, flight: Flight::new(), transmitting: Cell::new(false) })
+        Rc::new(Self { file, flight: Flight::new(), transmitting: Cell::new(false), export: RefCell::default() })
+    }
+
+    /// Whether it is about this export.
+    pub(super) fn is_about(&self, export: &str) -> bool {
+        self.export.borrow().as_deref() == Some(export)
+    }
+
+    /// Whether the handshake is over.
+    pub(super) fn has_chosen(&self) -> bool {
+        self.export.borrow().is_some()
+    }
+
+    /// Whether it was told to end.
+    pub(super) fn is_stopping(&self) -> bool {
+        self.flight.is_closed()
     }
 
     /// Takes no more requests; those under way end, and their replies are sent. A handshake ends where it is.
@@ -79,9 +96,11 @@ impl Transmission {
 
 /// Talks to one client until either side has enough. `offers` and `disks` go together.
 pub(super) async fn serve(link: &Link, offers: Vec<Offer>, disks: Vec<Rc<Disk>>) -> io::Result<()> {
+    let names: Vec<String> = offers.iter().map(|offer| offer.name.clone()).collect();
     let outcome = match negotiate(link, offers).await {
         Ok(Some((agreement, early))) => {
-            let disk = Rc::clone(&disks[agreement.export]);
+            let (disk, export) = (Rc::clone(&disks[agreement.export]), names[agreement.export].clone());
+            *link.export.borrow_mut() = Some(export);
             drop(disks);
             link.transmitting.set(true);
             transmit(link, disk, agreement, &early).await

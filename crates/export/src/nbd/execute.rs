@@ -1,17 +1,17 @@
 //! Carrying requests out, each in a task of its own: none waits for another.
 //!
-//! **Invariant.** Every request that comes here has passed [`super::request::Request::check`] and ends in exactly one
+//! **Invariant.** Every request that comes here has passed [`nbd::request::Request::check`] and ends in exactly one
 //! reply, whose last piece carries the request's ticket.
 
 use super::connection::Transmission;
 use super::flight::Ticket;
-use super::handshake::ALLOCATION_CONTEXT;
 use super::outbox::Piece;
-use super::proto::{AllocationState, Command, CommandFlags, NbdError};
-use super::reply::{Extent, Head, cut_message, encode_extents};
-use super::request::Request;
 use disk::{Disk, ErrorKind};
 use layout::{GuestOffset, GuestRange};
+use nbd::handshake::ALLOCATION_CONTEXT;
+use nbd::proto::{AllocationState, Command, CommandFlags, NbdError};
+use nbd::reply::{Extent, Head, cut_message, encode_extents};
+use nbd::request::Request;
 use ring::Iov;
 use std::rc::Rc;
 

@@ -5,7 +5,7 @@
 //! One receive fetches as many small requests as have arrived. A payload's part that came along is copied once, to aligned
 //! memory; the rest of it is received straight into place, together with whatever follows it.
 
-use super::proto::REQUEST_LEN;
+use nbd::proto::REQUEST_LEN;
 use ring::{File, Iov};
 use std::io;
 

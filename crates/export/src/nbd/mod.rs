@@ -1,15 +1,7 @@
-//! The NBD server (specification: NetworkBlockDevice/nbd `doc/proto.md`).
+//! The NBD server: sockets and disks on either side of the protocol, which the crate [`nbd`] speaks.
 //!
-//! From the wire inwards: [`proto`] has the numbers; [`option`], [`request`] and [`reply`] the messages; [`handshake`] and
-//! [`client`] the two sides' state machines. None of these does I/O. `listen` and `server` accept; `connection` moves
-//! bytes between a socket and the codec (`inbound`, `outbox`) within bounds (`flight`); `execute` asks the disk.
-
-pub mod client;
-pub mod handshake;
-pub mod option;
-pub mod proto;
-pub mod reply;
-pub mod request;
+//! `listen` and `server` accept; `connection` moves bytes between a socket and the codec (`inbound`, `outbox`) within bounds
+//! (`flight`); `execute` asks the disk.
 
 mod connection;
 mod execute;
@@ -18,7 +10,6 @@ mod inbound;
 mod listen;
 mod outbox;
 mod server;
-mod wire;
 
 pub use server::NbdServer;
 

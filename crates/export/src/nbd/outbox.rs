@@ -4,7 +4,7 @@
 //! heads. Everything that is ready goes in one vectored send; while that is under way the next batch gathers.
 
 use super::flight::Ticket;
-use super::reply::{Head, MAX_HEAD};
+use nbd::reply::{Head, MAX_HEAD};
 use ring::sync::Event;
 use ring::{File, Iov};
 use std::cell::{Cell, RefCell};

@@ -4,14 +4,14 @@
 //! nobody accepts any more and the list is empty.
 
 use super::connection::{self, Link};
-use super::handshake::Offer;
 use super::listen::{Listener, SocketFile, listen};
-use super::option::BlockSize;
-use super::proto::{MAX_PAYLOAD, MAX_STRING, TransmissionFlags};
 use super::{Address, NbdExport};
 use crate::ExportError;
 use disk::Disk;
 use futures_util::future::{Either, select};
+use nbd::handshake::Offer;
+use nbd::option::BlockSize;
+use nbd::proto::{MAX_PAYLOAD, MAX_STRING, TransmissionFlags};
 use ring::sync::Event;
 use ring::{File, spawn};
 use rustix::net::Shutdown;
@@ -41,7 +41,7 @@ pub struct NbdServer {
 }
 
 struct Shared {
-    exports: Vec<NbdExport>,
+    exports: RefCell<Vec<NbdExport>>,
     /// Closed by being taken.
     listener: RefCell<Option<File>>,
     /// Removes the socket's file when dropped.
@@ -61,7 +61,7 @@ impl NbdServer {
         validate(&exports)?;
         let Listener { file, address, socket_file } = listen(address).await?;
         let shared = Rc::new(Shared {
-            exports,
+            exports: RefCell::new(exports),
             listener: RefCell::new(Some(file)),
             socket_file: RefCell::new(socket_file),
             accepting: Cell::new(true),
@@ -88,6 +88,33 @@ impl NbdServer {
     /// Clients connected now.
     pub fn connections(&self) -> usize {
         self.shared.connections.borrow().len()
+    }
+
+    /// Offers one more, to clients that come from now on. Its name is not taken.
+    pub fn add(&self, export: NbdExport) -> Result<(), ExportError> {
+        let mut exports = self.shared.exports.borrow().clone();
+        exports.push(export);
+        validate(&exports)?;
+        *self.shared.exports.borrow_mut() = exports;
+        Ok(())
+    }
+
+    /// Clients that use the export of this name.
+    pub fn clients_of(&self, name: &str) -> usize {
+        self.shared.connections.borrow().values().filter(|link| link.is_about(name)).count()
+    }
+
+    /// Offers it no longer; clients that use it are seen off. Whoever negotiates right now is dropped, too: it may have been told of it.
+    pub async fn remove(&self, name: &str) {
+        let shared = &self.shared;
+        shared.exports.borrow_mut().retain(|export| export.name != name);
+        let concerned = |link: &Link| link.is_about(name) || !link.has_chosen();
+        for link in shared.connections.borrow().values().filter(|link| concerned(link)) {
+            link.stop();
+        }
+        while shared.connections.borrow().values().any(|link| concerned(link) && link.is_stopping()) {
+            shared.changed.wait().await;
+        }
     }
 
     /// Ends when a client has come and none is left, or the server is stopped.
@@ -186,8 +213,10 @@ impl Shared {
     fn connect(self: &Rc<Self>, id: u64, link: Rc<Link>) {
         self.connections.borrow_mut().insert(id, Rc::clone(&link));
         self.visited.set(true);
-        let offers = self.exports.iter().map(offer).collect();
-        let disks: Vec<Rc<Disk>> = self.exports.iter().map(|export| Rc::clone(&export.disk)).collect();
+        let exports = self.exports.borrow();
+        let offers = exports.iter().map(offer).collect();
+        let disks: Vec<Rc<Disk>> = exports.iter().map(|export| Rc::clone(&export.disk)).collect();
+        drop(exports);
         let shared = Rc::clone(self);
         spawn(async move {
             tracing::debug!(id, "NBD client connected");

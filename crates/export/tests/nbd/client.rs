@@ -1,12 +1,12 @@
 //! A client on the same ring as the server, over the library's own client codec, which believes nothing.
 
 use headwater_export::nbd::Address;
-use headwater_export::nbd::client::{
+use nbd::client::{
     Answer, ClientError, ClientHandshake, ClientProgress, Completion, Failure, Goal, ListedExport, Session,
     Transactions,
 };
-use headwater_export::nbd::proto::{Command, CommandFlags, NbdError};
-use headwater_export::nbd::reply::Extent;
+use nbd::proto::{Command, CommandFlags, NbdError};
+use nbd::reply::Extent;
 use ring::{File, Iov};
 use rustix::net::Shutdown;
 use std::collections::HashMap;

@@ -71,7 +71,7 @@ impl Fixture {
 /// A raw disk over `store`.
 pub(crate) async fn disk(name: &str, store: Rc<dyn Store>) -> Rc<Disk> {
     let image = image::open(store, Format::Raw, OpenOptions::default()).await.unwrap();
-    let layer = Layer { node: "top".into(), name: name.into(), image };
+    let layer = Layer::new("top", name, image);
     Disk::new(name, vec![layer], DiskOptions::default())
 }
 

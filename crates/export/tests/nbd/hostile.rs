@@ -2,8 +2,8 @@
 
 use crate::client::{Client, NONE, Style, connect};
 use crate::fixture::{Fixture, on_ring, pattern};
-use headwater_export::nbd::proto::{Command, CommandFlags, MAX_PAYLOAD, NBD_REQUEST_MAGIC};
-use headwater_export::nbd::request::Request;
+use nbd::proto::{Command, CommandFlags, MAX_PAYLOAD, NBD_REQUEST_MAGIC};
+use nbd::request::Request;
 use ring::{File, Iov};
 use std::time::Duration;
 

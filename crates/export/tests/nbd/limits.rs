@@ -2,8 +2,8 @@
 
 use crate::client::{Client, NONE, Style};
 use crate::fixture::{Fixture, on_ring, pattern};
-use headwater_export::nbd::client::Answer;
-use headwater_export::nbd::proto::Command;
+use nbd::client::Answer;
+use nbd::proto::Command;
 use std::time::Duration;
 
 #[test]

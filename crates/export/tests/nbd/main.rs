@@ -7,3 +7,4 @@ mod limits;
 mod peers;
 mod requests;
 mod server;
+mod store;

@@ -2,9 +2,9 @@
 
 use crate::client::{Client, NONE, Style};
 use crate::fixture::{Fixture, on_ring, pattern};
-use headwater_export::nbd::client::Answer;
-use headwater_export::nbd::proto::{AllocationState, Command, CommandFlags, MAX_PAYLOAD, NbdError};
-use headwater_export::nbd::reply::Extent;
+use nbd::client::Answer;
+use nbd::proto::{AllocationState, Command, CommandFlags, MAX_PAYLOAD, NbdError};
+use nbd::reply::Extent;
 use std::rc::Rc;
 use store::memory::MemoryStore;
 

@@ -2,9 +2,9 @@
 
 use crate::client::{Client, NONE, Style, connect, inspect, list};
 use crate::fixture::{Fixture, disk, export, on_ring, pattern};
-use headwater_export::nbd::client::{Answer, ClientError, ListedExport};
-use headwater_export::nbd::proto::{Command, NbdError, OptionReplyKind, TransmissionFlags};
 use headwater_export::nbd::{Address, NbdServer};
+use nbd::client::{Answer, ClientError, ListedExport};
+use nbd::proto::{Command, NbdError, OptionReplyKind, TransmissionFlags};
 use ring::Iov;
 use rustix::net::Shutdown;
 use std::rc::Rc;

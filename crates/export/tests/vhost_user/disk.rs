@@ -190,6 +190,6 @@ impl Image for Flat {
 /// A disk over `store`.
 pub(crate) fn over(store: &Rc<Gated>, read_only: bool) -> Rc<Disk> {
     let image = Rc::new(Flat { store: Rc::<Gated>::clone(store), read_only });
-    let layer = Layer { node: "node".into(), name: "flat".into(), image };
+    let layer = Layer::new("node", "flat", image);
     Disk::new("test", vec![layer], DiskOptions::default())
 }

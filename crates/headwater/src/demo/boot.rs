@@ -7,7 +7,7 @@
 use super::{make_overlay, spec, step};
 use crate::exit::{Exit, Outcome};
 use crate::size::human;
-use control::{Engine, EngineConfig, Failure, Stamped};
+use control::{Engine, EngineConfig, Failure, Happening, Stamped};
 use export::nbd::Address;
 use job::Event;
 use std::fs::{self, File};
@@ -80,7 +80,7 @@ async fn boot(qemu: &Path, folder: &Path, top: &Path, delay: u64, sum: u32) -> R
     ));
     let ended = loop {
         match events.recv().await {
-            Some(Stamped { event: Event::Completed { error, .. }, .. }) => break error,
+            Some(Stamped { event: Happening::Job(Event::Completed { error, .. }), .. }) => break error,
             Some(_) => {}
             None => break Some("the engine ended".into()),
         }

@@ -1,9 +1,9 @@
 //! A stand-in for a guest: an NBD client that reads and writes at random and knows what every byte must be.
 
 use disk::Disk;
-use export::nbd::client::{Answer, ClientHandshake, ClientProgress, Completion, Goal, Transactions};
-use export::nbd::proto::{Command, CommandFlags};
 use layout::GuestOffset;
+use nbd::client::{Answer, ClientHandshake, ClientProgress, Completion, Goal, Transactions};
+use nbd::proto::{Command, CommandFlags};
 use ring::Iov;
 use std::collections::BTreeMap;
 use std::fs::File;

@@ -11,7 +11,7 @@ use crate::exit::{Exit, Outcome};
 use crate::images::{self, Look, on_ring};
 use crate::progress;
 use crate::size::human;
-use control::{CacheMode, DiskSpec, Engine, EngineConfig, Failure, Stamped};
+use control::{CacheMode, DiskSpec, Engine, EngineConfig, Failure, Happening, Stamped};
 use export::nbd::Address;
 use guest::{Guest, Pattern};
 use image::Format;
@@ -86,6 +86,8 @@ fn make_overlay(master: &Path, top: &Path, size: u64) -> Result<(), String> {
         cluster_size: None,
         table_size: None,
         qcow2: image::qcow2::Options::default(),
+        passphrase: None,
+        iteration_time: None,
     };
     on_ring(create::write(&top.to_string_lossy(), &options))
 }
@@ -93,12 +95,14 @@ fn make_overlay(master: &Path, top: &Path, size: u64) -> Result<(), String> {
 /// What the demo serves: the overlay with copy-on-read, its master slowed down.
 fn spec(top: &Path, delay: u64) -> DiskSpec {
     DiskSpec {
+        description: None,
         name: "my".into(),
         file: top.to_string_lossy().into_owned(),
         format: Some(Format::Qed),
         cache: CacheMode::Writeback,
         read_only: false,
         copy_on_read: true,
+        snapshot: None,
         source: Ailments { delay: Some(Duration::from_millis(delay)), broken_while: None },
     }
 }
@@ -123,7 +127,7 @@ async fn serve_and_stream(
     let ended = loop {
         let event = tokio::time::timeout(LOOK_EVERY, events.recv()).await;
         match event {
-            Ok(Some(Stamped { event: Event::Completed { error, .. }, .. })) => break error,
+            Ok(Some(Stamped { event: Happening::Job(Event::Completed { error, .. }), .. })) => break error,
             Ok(Some(_)) => {}
             Ok(None) => break Some("the engine ended".into()),
             Err(_) => look(&engine, &bar).await.map_err(failed)?,
@@ -151,6 +155,7 @@ async fn stream(engine: &Engine) -> Result<(), Failure> {
                 on_error: OnError::Report,
                 auto_finalize: true,
                 auto_dismiss: true,
+                hold: None,
             };
             shard.jobs().stream(options).map_err(Failure::from)
         })
@@ -171,7 +176,7 @@ fn prove(master: &Path, top: &Path, guest: &Guest) -> Result<(), String> {
     fs::remove_file(master).map_err(|e| e.to_string())?;
     let top = PathBuf::from(top);
     on_ring(async {
-        let chain = images::open(&top.to_string_lossy(), Look::default()).await?;
+        let chain = images::open(&top.to_string_lossy(), &Look::default()).await?;
         let image = chain.first().ok_or("no image")?.image.clone();
         if let Some(below) = image.backing() {
             return Err(format!("the header still names '{}'", below.name));

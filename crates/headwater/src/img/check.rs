@@ -1,7 +1,7 @@
 //! `headwater check`: qemu-img's texts and exit codes.
 
 use crate::exit::{Exit, Outcome};
-use crate::images::{self, Look, Output, format_named, on_ring};
+use crate::images::{self, Look, Naming, Output, on_ring};
 use crate::tool;
 use clap::ValueEnum;
 use image::{CheckReport, Format, Repair};
@@ -18,6 +18,8 @@ enum Fix {
 
 #[derive(clap::Args)]
 pub(crate) struct Args {
+    #[command(flatten)]
+    naming: Naming,
     /// How to print
     #[arg(long, value_enum, default_value_t)]
     output: Output,
@@ -27,6 +29,9 @@ pub(crate) struct Args {
     /// Repair what is found
     #[arg(short, long, value_enum, value_name = "WHAT")]
     repair: Option<Fix>,
+    /// How it is read: none, writeback, … (accepted; metadata are read through the page cache)
+    #[arg(short = 'T', long, value_name = "CACHE")]
+    cache: Option<String>,
     /// Print errors only
     #[arg(short, long)]
     quiet: bool,
@@ -38,22 +43,20 @@ pub(crate) struct Args {
 }
 
 pub(crate) fn run(args: &Args) -> Outcome {
-    let format = args.format.as_deref().map(format_named).transpose()?;
+    args.cache.as_deref().map_or(Ok(()), |mode| images::check_cache(mode, "source cache"))?;
     let look = Look {
-        format,
         force_share: args.force_share,
         no_backing: true,
         for_check: true,
         writable: args.repair.is_some(),
-        ..Look::default()
+        ..args.naming.look(args.format.as_deref())?
     };
     let checked = on_ring(async {
-        let chain = images::open(&args.file, look).await?;
+        let chain = images::open(&args.file, &look).await?;
         let image = chain.first().ok_or("no image")?.image.clone();
         let unchecked = match image.format() {
-            Format::Raw => Some("This image format does not support checks"),
-            format if !format.is_written() => Some("This image format does not support checks"),
-            _ => None,
+            Format::Qed | Format::Qcow2 => None,
+            _ => Some("This image format does not support checks"),
         };
         if let Some(why) = unchecked {
             images::close(&chain).await?;

@@ -2,7 +2,7 @@
 
 use super::source::Source;
 use crate::exit::Exit;
-use crate::images::{Look, format_named, on_ring};
+use crate::images::{Look, Naming, check_cache, on_ring};
 use crate::progress::Steps;
 use crate::tool;
 use ring::Iov;
@@ -15,23 +15,25 @@ const SECTOR: usize = 512;
 
 #[derive(clap::Args)]
 pub(crate) struct Args {
+    #[command(flatten)]
+    naming: Naming,
     /// Format of the first image, instead of looking
-    #[arg(short, value_name = "FMT")]
+    #[arg(short, long = "a-format", value_name = "FMT")]
     format: Option<String>,
     /// Format of the second image, instead of looking
-    #[arg(short = 'F', value_name = "FMT")]
+    #[arg(short = 'F', long = "b-format", value_name = "FMT")]
     other_format: Option<String>,
     /// How they are read: none, writeback, …
-    #[arg(short = 'T', value_name = "CACHE")]
+    #[arg(short = 'T', long = "cache", value_name = "CACHE")]
     source_cache: Option<String>,
     /// Also sizes, and what is allocated
-    #[arg(short)]
+    #[arg(short, long = "strict")]
     strict: bool,
     /// Show progress
-    #[arg(short)]
+    #[arg(short, long = "progress")]
     progress: bool,
     /// Print nothing
-    #[arg(short)]
+    #[arg(short, long = "quiet")]
     quiet: bool,
     /// Somebody may be writing to them
     #[arg(short = 'U', long)]
@@ -41,8 +43,8 @@ pub(crate) struct Args {
 }
 
 pub(crate) fn run(args: &Args) -> Exit {
-    let _ = &args.source_cache;
-    on_ring(compare(args)).unwrap_or_else(|message| {
+    let cache = args.source_cache.as_deref().map_or(Ok(()), |mode| check_cache(mode, "source cache"));
+    cache.and_then(|()| on_ring(compare(args))).unwrap_or_else(|message| {
         tool::complain(&message);
         Exit::Corrupt
     })
@@ -50,11 +52,11 @@ pub(crate) fn run(args: &Args) -> Exit {
 
 async fn compare(args: &Args) -> Result<Exit, String> {
     let look = |format: &Option<String>| {
-        let format = format.as_deref().map(format_named).transpose()?;
-        Ok::<_, String>(Look { format, force_share: args.force_share, ..Look::default() })
+        let look = args.naming.look(format.as_deref())?;
+        Ok::<_, String>(Look { force_share: args.force_share, ..look })
     };
-    let first = Source::open(std::slice::from_ref(&args.first), look(&args.format)?).await?;
-    let second = Source::open(std::slice::from_ref(&args.second), look(&args.other_format)?).await?;
+    let first = Source::open(std::slice::from_ref(&args.first), &look(&args.format)?).await?;
+    let second = Source::open(std::slice::from_ref(&args.second), &look(&args.other_format)?).await?;
     let compared = contents(args, &first, &second).await;
     first.close().await?;
     second.close().await?;

@@ -5,6 +5,7 @@
 
 use super::source::Source;
 use crate::progress::Steps;
+use crate::tool;
 use disk::Disk;
 use futures_util::StreamExt;
 use futures_util::stream::FuturesUnordered;
@@ -13,6 +14,10 @@ use ring::{Iov, JoinHandle};
 use std::cell::RefCell;
 use std::collections::VecDeque;
 use std::rc::Rc;
+use std::time::Duration;
+
+/// The unit in which what cannot be read is left out.
+const SECTOR: usize = 512;
 
 /// Bytes of one part.
 const PART: u64 = 1 << 20;
@@ -32,11 +37,24 @@ pub(crate) struct How {
     pub(crate) only_allocated: bool,
     /// Clusters are packed.
     pub(crate) packed: bool,
+    /// Bytes a second at most.
+    pub(crate) rate: Option<u64>,
+    /// What cannot be read is said, and copied as zeros.
+    pub(crate) salvage: bool,
 }
 
 impl Default for How {
     fn default() -> Self {
-        Self { sparse: 4096, parallel: 8, target_is_zero: true, only_top: false, only_allocated: false, packed: false }
+        Self {
+            sparse: 4096,
+            parallel: 8,
+            target_is_zero: true,
+            only_top: false,
+            only_allocated: false,
+            packed: false,
+            rate: None,
+            salvage: false,
+        }
     }
 }
 
@@ -71,7 +89,8 @@ pub(crate) async fn copy(
     steps: &Steps,
 ) -> Result<(), String> {
     let cluster = target.chain()[0].image.cluster_size();
-    let unit = cluster.max(how.sparse.next_power_of_two()).max(4096);
+    // What is packed is packed by the cluster.
+    let unit = if how.packed { cluster } else { cluster.max(how.sparse.next_power_of_two()).max(4096) };
     let (source, target) = (Rc::clone(source), Rc::clone(target));
     let copy = Rc::new(Copy { source, target, len, how, unit, spare: RefCell::default() });
     let mut reads: VecDeque<Work<(u64, Iov)>> = VecDeque::new();
@@ -79,6 +98,7 @@ pub(crate) async fn copy(
     // Writes to one file wait for each other in the system, and more so the more there are; packing is work, and done side by side.
     let writers = if how.packed { how.parallel } else { 1 };
     let mut at = 0;
+    let mut pace = Pace { rate: how.rate.unwrap_or(0), due: ring::now() };
     loop {
         while at < len && reads.len() < how.parallel {
             let (kind, run) = copy.next(at).await?;
@@ -88,10 +108,13 @@ pub(crate) async fn copy(
                 Kind::Leave => steps.add(run),
                 Kind::Zero if how.target_is_zero && how.sparse > 0 => steps.add(run),
                 Kind::Zero => writes.push(ring::spawn(async move { copy.zero(start, run).await.map(|()| run) })),
-                Kind::Copy => reads.push_back(ring::spawn(async move {
-                    let bytes = copy.memory(run as usize);
-                    copy.source.read(start, bytes.clone()).await.map(|()| (start, bytes))
-                })),
+                Kind::Copy => {
+                    pace.wait(run).await;
+                    reads.push_back(ring::spawn(async move {
+                        let bytes = copy.memory(run as usize);
+                        copy.read(start, &bytes).await.map(|()| (start, bytes))
+                    }));
+                }
             }
             while writes.len() > how.parallel {
                 steps.add(writes.next().await.unwrap_or(Ok(0))?);
@@ -116,7 +139,41 @@ pub(crate) async fn copy(
     Ok(())
 }
 
+/// Holds the copy to its rate.
+struct Pace {
+    /// Bytes a second; 0: no limit.
+    rate: u64,
+    /// When the next part may begin.
+    due: ring::Instant,
+}
+
+impl Pace {
+    async fn wait(&mut self, bytes: u64) {
+        if self.rate == 0 {
+            return;
+        }
+        ring::sleep_until(self.due).await;
+        self.due = self.due.max(ring::now()) + Duration::from_secs_f64(bytes as f64 / self.rate as f64);
+    }
+}
+
 impl Copy {
+    async fn read(&self, at: u64, into: &Iov) -> Result<(), String> {
+        let read = self.source.read(at, into.clone()).await;
+        if !self.how.salvage || read.is_ok() {
+            return read;
+        }
+        // Sector by sector: what can be read is kept.
+        for start in (0..into.len()).step_by(SECTOR) {
+            let part = into.slice(start..into.len().min(start + SECTOR));
+            if let Err(error) = self.source.read(at + start as u64, part.clone()).await {
+                tool::complain(&format!("warning: {error}"));
+                part.fill(0);
+            }
+        }
+        Ok(())
+    }
+
     fn memory(&self, len: usize) -> Iov {
         match self.spare.borrow_mut().pop() {
             Some(spare) if spare.len() >= len => spare.slice(0..len),
@@ -154,7 +211,8 @@ impl Copy {
         if self.how.sparse == 0 {
             let zeros = Iov::zeroed(PART.min(len) as usize);
             for part in (0..len).step_by(PART as usize) {
-                self.put(at + part, zeros.slice(0..PART.min(len - part) as usize)).await?;
+                let zeros = zeros.slice(0..PART.min(len - part) as usize);
+                if self.how.packed { self.pack(at + part, zeros).await? } else { self.put(at + part, zeros).await? }
             }
             return Ok(());
         }

@@ -3,7 +3,7 @@
 use super::create;
 use super::source::Source;
 use crate::exit::{Exit, Outcome};
-use crate::images::{self, Look, format_named, on_ring};
+use crate::images::{self, Look, Naming, format_named, on_ring};
 use crate::size;
 use disk::{Disk, DiskOptions};
 use image::create::CreateOptions;
@@ -13,13 +13,18 @@ use ring::Iov;
 /// Bytes copied at a time.
 const PART: u64 = 2 << 20;
 
+/// Largest block.
+const MAX_BLOCK: u64 = i32::MAX as u64;
+
 #[derive(clap::Args)]
 pub(crate) struct Args {
+    #[command(flatten)]
+    naming: Naming,
     /// Format of the source, instead of looking
-    #[arg(short, value_name = "FMT")]
+    #[arg(short, long = "format", value_name = "FMT")]
     format: Option<String>,
     /// Format of the new image
-    #[arg(short = 'O', value_name = "FMT", default_value = "raw")]
+    #[arg(short = 'O', long = "output-format", value_name = "FMT", default_value = "raw")]
     output_format: String,
     /// Somebody may be writing to the source
     #[arg(short = 'U', long)]
@@ -45,7 +50,13 @@ impl Operands {
             let (key, value) = word.split_once('=').ok_or_else(|| format!("unrecognized operand {word}"))?;
             let number = || size::parse(value).map_err(|_| format!("invalid number: '{value}'"));
             match key {
-                "bs" => operands.block = Some(number()?).filter(|bytes| *bytes > 0),
+                "bs" => {
+                    let bytes = number()?;
+                    if !(1..=MAX_BLOCK).contains(&bytes) {
+                        return Err(format!("Invalid bs specified. Must be between 1 and {MAX_BLOCK}."));
+                    }
+                    operands.block = Some(bytes);
+                }
                 "count" => operands.count = Some(number()?),
                 "skip" => operands.skip = number()?,
                 "if" => operands.input = Some(value.to_owned()),
@@ -67,10 +78,9 @@ pub(crate) fn run(args: &Args) -> Outcome {
 }
 
 async fn dd(args: &Args, operands: &Operands, input: &String, output: &str) -> Result<(), String> {
-    let format = args.format.as_deref().map(format_named).transpose()?;
     let wanted = format_named(&args.output_format)?;
-    let look = Look { format, force_share: args.force_share, ..Look::default() };
-    let source = Source::open(std::slice::from_ref(input), look).await?;
+    let look = Look { force_share: args.force_share, ..args.naming.look(args.format.as_deref())? };
+    let source = Source::open(std::slice::from_ref(input), &look).await?;
     let block = operands.block.unwrap_or(512);
     let end = operands
         .count
@@ -79,7 +89,7 @@ async fn dd(args: &Args, operands: &Operands, input: &String, output: &str) -> R
     let copied = async {
         let size = (end - start).next_multiple_of(512);
         create::write(output, &CreateOptions::new(wanted, size)).await?;
-        let chain = images::open(output, Look { format: Some(wanted), writable: true, ..Look::default() }).await?;
+        let chain = images::open(output, &Look { format: Some(wanted), writable: true, ..Look::default() }).await?;
         let disk = Disk::new(output, chain, DiskOptions::default());
         let mut at = start;
         let mut outcome = Ok(());

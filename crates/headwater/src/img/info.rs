@@ -1,17 +1,20 @@
 //! `headwater info`: qemu-img's fields and texts.
 
 use crate::exit::{Exit, Outcome};
-use crate::images::{self, Look, Output, format_named, on_ring};
+use crate::images::{self, Look, Naming, Output, on_ring};
 use crate::size::human;
-use disk::chain::{FileOpener, Layer, Opener};
-use image::Snapshot;
+use disk::chain::{Layer, Opener};
+use graph::Sources;
 use image::qcow2::{Compression, Qcow2Info};
 use image::vmdk::VmdkInfo;
+use image::{Bitmap, Snapshot};
 use serde_json::{Map, Value, json};
 use std::os::unix::fs::MetadataExt;
 
 #[derive(clap::Args)]
 pub(crate) struct Args {
+    #[command(flatten)]
+    naming: Naming,
     /// How to print
     #[arg(long, value_enum, default_value_t)]
     output: Output,
@@ -19,7 +22,7 @@ pub(crate) struct Args {
     #[arg(short, long, value_name = "FMT")]
     format: Option<String>,
     /// Also what lies below, each image in turn
-    #[arg(long)]
+    #[arg(short, long)]
     backing_chain: bool,
     /// Even while somebody writes to it
     #[arg(short = 'U', long)]
@@ -29,14 +32,19 @@ pub(crate) struct Args {
 }
 
 pub(crate) fn run(args: &Args) -> Outcome {
-    let format = args.format.as_deref().map(format_named).transpose()?;
-    let look = Look { format, force_share: args.force_share, no_backing: !args.backing_chain, ..Look::default() };
+    let look = Look {
+        force_share: args.force_share,
+        no_backing: !args.backing_chain,
+        ..args.naming.look(args.format.as_deref())?
+    };
+    let asked = graph::display_name(&args.naming.name(&args.file)?);
     let described = on_ring(async {
-        let chain = images::open(&args.file, look).await?;
+        let chain = images::open(&args.file, &look).await?;
         let mut described = Vec::new();
         for (depth, layer) in chain.iter().enumerate() {
             let snapshots = layer.image.snapshots().await.map_err(|error| error.to_string())?;
-            described.push(Described::of(layer, depth, &args.file, snapshots));
+            let bitmaps = layer.image.bitmaps().await.map_err(|error| error.to_string())?;
+            described.push(Described { bitmaps, ..Described::of(layer, depth, &asked, snapshots) });
         }
         images::close(&chain).await?;
         Ok(described)
@@ -66,16 +74,20 @@ struct Described {
     files: Vec<File>,
     cluster_size: Option<u64>,
     dirty: bool,
+    encrypted: bool,
     backing: Option<(String, Option<&'static str>, String)>,
     warnings: Vec<String>,
     qcow2: Option<Qcow2Info>,
     vmdk: Option<VmdkInfo>,
     snapshots: Vec<Snapshot>,
+    bitmaps: Vec<Bitmap>,
 }
 
 /// A file that an image is made of.
 struct File {
     name: String,
+    /// What kind of place it is.
+    protocol: &'static str,
     length: u64,
     disk_size: Option<u64>,
 }
@@ -91,11 +103,13 @@ impl File {
         file.insert("children".into(), json!([]));
         file.insert("virtual-size".into(), json!(self.length));
         file.insert("filename".into(), json!(self.name));
-        file.insert("format".into(), json!("file"));
+        file.insert("format".into(), json!(self.protocol));
         if let Some(bytes) = self.disk_size {
             file.insert("actual-size".into(), json!(bytes));
         }
-        file.insert("format-specific".into(), json!({ "type": "file", "data": {} }));
+        if matches!(self.protocol, "file" | "host_device") {
+            file.insert("format-specific".into(), json!({ "type": self.protocol, "data": {} }));
+        }
         file.insert("dirty-flag".into(), json!(false));
         Value::Object(file)
     }
@@ -104,12 +118,16 @@ impl File {
 impl Described {
     fn of(layer: &Layer, depth: usize, asked: &str, snapshots: Vec<Snapshot>) -> Self {
         let image = &layer.image;
-        let store = image.store();
+        let store = image.file();
         let filename = if depth == 0 { asked.to_owned() } else { store.name().to_owned() };
         let info = image.info();
-        let opener = FileOpener::default();
+        let opener = Sources::default();
+        // What is no more than a file is called as it was asked for.
+        let own =
+            if filename.starts_with("json:") || filename.starts_with("blkdebug:") { store.name() } else { &filename };
         let files = store.files().into_iter().enumerate().map(|(number, (name, length))| File {
-            name: if number == 0 { filename.clone() } else { name.to_owned() },
+            name: if number == 0 { own.to_owned() } else { name.to_owned() },
+            protocol: if number == 0 { store.protocol() } else { "file" },
             // In whole sectors, as QEMU counts.
             length: length.next_multiple_of(512),
             disk_size: std::fs::metadata(name).ok().map(|meta| meta.blocks() * 512),
@@ -122,6 +140,7 @@ impl Described {
             files,
             cluster_size: info.cluster_size,
             dirty: info.dirty,
+            encrypted: info.encrypted || image.format() == image::Format::Luks,
             backing: image.backing().map(|below| {
                 let full = full_name(&opener, &below.name, &filename);
                 (below.name, below.format.map(image::Format::name), full)
@@ -130,6 +149,7 @@ impl Described {
             qcow2: info.qcow2,
             vmdk: info.vmdk,
             snapshots,
+            bitmaps: Vec::new(),
             filename,
         }
     }
@@ -145,11 +165,14 @@ impl Described {
         line(format!("file format: {}", self.format));
         line(format!("virtual size: {} ({} bytes)", human(self.virtual_size), self.virtual_size));
         line(format!("disk size: {disk_size}"));
-        if self.dirty {
-            line("cleanly shut down: no".into());
+        if self.encrypted {
+            line("encrypted: yes".into());
         }
         if let Some(bytes) = self.cluster_size {
             line(format!("cluster_size: {bytes}"));
+        }
+        if self.dirty {
+            line("cleanly shut down: no".into());
         }
         if let Some((name, format, full)) = &self.backing {
             if name == full {
@@ -167,8 +190,8 @@ impl Described {
         if !self.snapshots.is_empty() {
             line(super::snapshot::text(&self.snapshots).trim_end().to_owned());
         }
-        if let Some(own) = self.qcow2 {
-            specific(own).into_iter().for_each(&mut line);
+        if let Some(own) = &self.qcow2 {
+            specific(own, &self.bitmaps).into_iter().for_each(&mut line);
         }
         if let Some(own) = &self.vmdk {
             specific_vmdk(own).into_iter().for_each(&mut line);
@@ -178,7 +201,7 @@ impl Described {
         for (number, file) in files.clone().skip(1).chain(files.take(1)) {
             line(format!("Child node '/{}':", File::child(number)));
             line(format!("    filename: {}", file.name));
-            line("    protocol type: file".into());
+            line(format!("    protocol type: {}", file.protocol));
             line(format!("    file length: {} ({} bytes)", human(file.length), file.length));
             line(format!("    disk size: {}", file.disk_size.map_or_else(|| "unavailable".to_owned(), human)));
         }
@@ -213,13 +236,21 @@ impl Described {
             });
             top.insert("snapshots".into(), all.collect());
         }
-        if let Some(own) = self.qcow2 {
+        if let Some(own) = &self.qcow2 {
             let mut data = Map::new();
             data.insert("compat".into(), json!(compat(own)));
             data.insert("compression-type".into(), json!(compression(own)));
             data.insert("refcount-bits".into(), json!(own.refcount_bits));
             if own.version > 2 {
                 data.insert("lazy-refcounts".into(), json!(own.lazy_refcounts));
+                if !self.bitmaps.is_empty() {
+                    let bitmap = |bitmap: &Bitmap| json!({ "flags": flags(bitmap), "name": bitmap.name, "granularity": bitmap.granularity });
+                    data.insert("bitmaps".into(), self.bitmaps.iter().map(bitmap).collect());
+                }
+                if let Some(file) = &own.data_file {
+                    data.insert("data-file".into(), json!(file.name));
+                    data.insert("data-file-raw".into(), json!(file.raw));
+                }
                 data.insert("corrupt".into(), json!(own.corrupt));
                 data.insert("extended-l2".into(), json!(own.extended_l2));
             }
@@ -252,6 +283,9 @@ impl Described {
         if let Some(bytes) = self.cluster_size {
             top.insert("cluster-size".into(), json!(bytes));
         }
+        if self.encrypted {
+            top.insert("encrypted".into(), json!(true));
+        }
         top.insert("format".into(), json!(self.format));
         if let Some(bytes) = self.disk_size {
             top.insert("actual-size".into(), json!(bytes));
@@ -262,7 +296,7 @@ impl Described {
 }
 
 /// The lines that say what only QCOW2 has.
-pub(crate) fn specific(own: Qcow2Info) -> Vec<String> {
+pub(crate) fn specific(own: &Qcow2Info, bitmaps: &[Bitmap]) -> Vec<String> {
     let mut lines = vec![
         "Format specific information:".to_owned(),
         format!("    compat: {}", compat(own)),
@@ -271,7 +305,20 @@ pub(crate) fn specific(own: Qcow2Info) -> Vec<String> {
     if own.version > 2 {
         lines.push(format!("    lazy refcounts: {}", own.lazy_refcounts));
     }
+    if !bitmaps.is_empty() {
+        lines.push("    bitmaps:".to_owned());
+    }
+    for (number, bitmap) in bitmaps.iter().enumerate() {
+        lines.push(format!("        [{number}]:\n            flags:"));
+        let flags = flags(bitmap).into_iter().enumerate();
+        lines.extend(flags.map(|(number, flag)| format!("                [{number}]: {flag}")));
+        lines.push(format!("            name: {}\n            granularity: {}", bitmap.name, bitmap.granularity));
+    }
     lines.push(format!("    refcount bits: {}", own.refcount_bits));
+    if let Some(file) = &own.data_file {
+        lines.push(format!("    data file: {}", file.name));
+        lines.push(format!("    data file raw: {}", file.raw));
+    }
     if own.version > 2 {
         lines.push(format!("    corrupt: {}", own.corrupt));
         lines.push(format!("    extended l2: {}", own.extended_l2));
@@ -303,11 +350,15 @@ fn specific_vmdk(own: &VmdkInfo) -> Vec<String> {
     lines
 }
 
-fn compat(own: Qcow2Info) -> &'static str {
+fn flags(bitmap: &Bitmap) -> Vec<&'static str> {
+    [(bitmap.in_use, "in-use"), (bitmap.enabled, "auto")].iter().filter(|flag| flag.0).map(|flag| flag.1).collect()
+}
+
+fn compat(own: &Qcow2Info) -> &'static str {
     if own.version == 2 { "0.10" } else { "1.1" }
 }
 
-fn compression(own: Qcow2Info) -> &'static str {
+fn compression(own: &Qcow2Info) -> &'static str {
     match own.compression {
         Compression::Deflate => "zlib",
         Compression::Zstd => "zstd",
@@ -315,11 +366,13 @@ fn compression(own: Qcow2Info) -> &'static str {
 }
 
 /// The backing file's name as seen from here rather than from the image that names it.
-fn full_name(opener: &FileOpener, name: &str, referrer: &str) -> String {
+fn full_name(opener: &Sources, name: &str, referrer: &str) -> String {
     let plain = std::path::Path::new(referrer).parent().is_none_or(|folder| folder.as_os_str().is_empty());
     if plain || name.starts_with('/') {
         return name.to_owned();
     }
-    let joined = std::path::Path::new(referrer).with_file_name(name);
-    joined.to_str().map_or_else(|| opener.identify(name, Some(referrer)), str::to_owned)
+    match referrer.rsplit_once('/') {
+        Some((folder, _)) => format!("{folder}/{name}"),
+        None => opener.identify(name, Some(referrer)),
+    }
 }

@@ -1,7 +1,7 @@
 //! `headwater map`: which bytes are where, in qemu-img's columns and JSON fields.
 
 use crate::exit::{Exit, Outcome};
-use crate::images::{self, Look, Output, format_named, on_ring};
+use crate::images::{self, Look, Naming, Output, on_ring};
 use disk::{Disk, DiskOptions, Status};
 use layout::{GuestOffset, GuestRange};
 use std::io::{BufWriter, Write};
@@ -10,6 +10,8 @@ use store::Store;
 
 #[derive(clap::Args)]
 pub(crate) struct Args {
+    #[command(flatten)]
+    naming: Naming,
     /// How to print
     #[arg(long, value_enum, default_value_t)]
     output: Output,
@@ -61,10 +63,9 @@ impl Run {
 }
 
 pub(crate) fn run(args: &Args) -> Outcome {
-    let format = args.format.as_deref().map(format_named).transpose()?;
-    let look = Look { format, force_share: args.force_share, ..Look::default() };
+    let look = Look { force_share: args.force_share, ..args.naming.look(args.format.as_deref())? };
     on_ring(async {
-        let chain = images::open(&args.file, look).await?;
+        let chain = images::open(&args.file, &look).await?;
         let stores: Vec<Rc<dyn Store>> = chain.iter().map(|layer| Rc::clone(layer.image.store())).collect();
         let disk = Disk::new("map", chain, DiskOptions::default());
         let printed = print(args, &disk, &stores).await;

@@ -1,15 +1,19 @@
 //! `headwater img`, which is also what the program is when it is called `qemu-img`: the same commands, flags, texts and exit codes.
 
+mod bench;
+mod bitmap;
 pub(crate) mod check;
 mod commit;
 mod compare;
 mod convert;
 mod copy;
 pub(crate) mod create;
+mod data_file;
 mod dd;
 pub(crate) mod info;
 pub(crate) mod map;
 mod measure;
+mod option_help;
 mod rebase;
 mod resize;
 mod snapshot;
@@ -20,6 +24,10 @@ use clap::Subcommand;
 
 #[derive(Subcommand)]
 pub(crate) enum Command {
+    /// Time equal requests
+    Bench(bench::Args),
+    /// Change persistent bitmaps: which parts of a disk were written
+    Bitmap(bitmap::Args),
     /// Check an image's tables, and repair them if asked
     Check(check::Args),
     /// Write what an image holds into its backing file
@@ -48,6 +56,8 @@ pub(crate) enum Command {
 
 pub(crate) fn run(command: Command) -> Outcome {
     match command {
+        Command::Bench(args) => bench::run(&args),
+        Command::Bitmap(args) => bitmap::run(&args),
         Command::Check(args) => check::run(&args),
         Command::Commit(args) => commit::run(&args),
         Command::Compare(args) => Ok(compare::run(&args)),

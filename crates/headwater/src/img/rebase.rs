@@ -4,10 +4,10 @@
 
 use super::source::Source;
 use crate::exit::{Exit, Outcome};
-use crate::images::{self, Look, format_named, on_ring};
+use crate::images::{self, Look, Naming, format_named, on_ring};
 use crate::progress::Steps;
 use crate::tool;
-use disk::chain::{FileOpener, Opener};
+use disk::chain::Opener;
 use disk::{Disk, DiskOptions};
 use image::{BackingRef, Format};
 use layout::GuestOffset;
@@ -19,29 +19,34 @@ const PART: u64 = 2 << 20;
 
 #[derive(clap::Args)]
 pub(crate) struct Args {
+    #[command(flatten)]
+    naming: Naming,
     /// Format of the image, instead of looking
-    #[arg(short, value_name = "FMT")]
+    #[arg(short, long = "format", value_name = "FMT")]
     format: Option<String>,
     /// The new backing file; an empty name: none
-    #[arg(short, value_name = "BACKING")]
-    backing: String,
+    #[arg(short, long = "backing", value_name = "BACKING", required_unless_present = "unsafe_mode")]
+    backing: Option<String>,
     /// Its format
     #[arg(short = 'F', long, value_name = "FMT")]
     backing_format: Option<String>,
     /// Only change the header: nothing is compared, no backing file is opened
-    #[arg(short)]
+    #[arg(short, long = "backing-unsafe")]
     unsafe_mode: bool,
     /// How the image is written to
-    #[arg(short = 't', value_name = "CACHE")]
+    #[arg(short = 't', long = "cache", value_name = "CACHE")]
     cache: Option<String>,
     /// How backing files are read
-    #[arg(short = 'T', value_name = "CACHE")]
+    #[arg(short = 'T', long = "backing-cache", value_name = "CACHE")]
     source_cache: Option<String>,
+    /// Pack what the image must keep
+    #[arg(short, long)]
+    compress: bool,
     /// Show progress
-    #[arg(short)]
+    #[arg(short, long = "progress")]
     progress: bool,
     /// Print nothing
-    #[arg(short)]
+    #[arg(short, long = "quiet")]
     quiet: bool,
     /// Backing files may be written to by somebody
     #[arg(short = 'U', long)]
@@ -50,20 +55,29 @@ pub(crate) struct Args {
 }
 
 pub(crate) fn run(args: &Args) -> Outcome {
-    let _ = (&args.cache, &args.source_cache, args.quiet);
+    args.cache.as_deref().map_or(Ok(()), |mode| images::check_cache(mode, "cache"))?;
+    args.source_cache.as_deref().map_or(Ok(()), |mode| images::check_cache(mode, "source cache"))?;
     on_ring(rebase(args))?;
     Ok(Exit::Ok)
 }
 
 async fn rebase(args: &Args) -> Result<(), String> {
-    let format = args.format.as_deref().map(format_named).transpose()?;
     let stated = args.backing_format.as_deref().map(format_named).transpose()?;
-    let look = Look { format, writable: true, no_backing: args.unsafe_mode, ..Look::default() };
-    let chain = images::open(&args.file, look).await?;
+    let look = Look {
+        writable: true,
+        no_guest: true,
+        no_backing: args.unsafe_mode,
+        ..args.naming.look(args.format.as_deref())?
+    };
+    let chain = images::open(&args.file, &look).await?;
     let image = Rc::clone(&chain[0].image);
     let disk = Disk::new(&args.file, chain, DiskOptions::default());
+    if args.compress && image.format() != Format::Qcow2 {
+        let _ = disk.close().await;
+        return Err("Compression not supported for this file format".into());
+    }
     let changed = async {
-        let backing = (!args.backing.is_empty()).then(|| args.backing.clone());
+        let backing = args.backing.clone().filter(|name| !name.is_empty());
         let mut found = stated;
         if !args.unsafe_mode {
             let new = match &backing {
@@ -89,9 +103,11 @@ async fn rebase(args: &Args) -> Result<(), String> {
 }
 
 async fn open_new(args: &Args, name: &str, format: Option<Format>) -> Result<Source, String> {
-    let path = FileOpener::default().identify(name, Some(&args.file));
-    let look = Look { format, force_share: args.force_share, ..Look::default() };
-    let opened = Source::open(&[path], look).await;
+    let objects = args.naming.objects()?;
+    let opener = images::sources(&Look { objects: objects.clone(), ..Look::default() });
+    let path = opener.identify(name, Some(&args.naming.name(&args.file)?));
+    let look = Look { format, objects, force_share: args.force_share, ..Look::default() };
+    let opened = Source::open(&[path], &look).await;
     opened.map_err(|error| format!("Could not open new backing file '{name}': {error}"))
 }
 
@@ -99,7 +115,7 @@ async fn open_new(args: &Args, name: &str, format: Option<Format>) -> Result<Sou
 async fn keep_what_differs(args: &Args, disk: &Rc<Disk>, new: Option<&Source>) -> Result<(), String> {
     let old = Source::of(Rc::clone(disk));
     let len = disk.size();
-    let steps = Steps::new(len, args.progress);
+    let steps = Steps::new(len, args.progress && !args.quiet);
     let unit = disk.chain()[0].image.cluster_size();
     let mut at = 0;
     while at < len {
@@ -121,7 +137,7 @@ async fn keep_what_differs(args: &Args, disk: &Rc<Disk>, new: Option<&Source>) -
             if let Some(new) = new {
                 new.read(at, right.clone()).await?;
             }
-            keep(disk, at, &left, &right, unit as usize).await?;
+            keep(disk, at, &left, &right, (unit as usize, args.compress)).await?;
         }
         steps.add(run);
         at += run;
@@ -130,7 +146,9 @@ async fn keep_what_differs(args: &Args, disk: &Rc<Disk>, new: Option<&Source>) -
     Ok(())
 }
 
-async fn keep(disk: &Disk, at: u64, old: &Iov, new: &Iov, unit: usize) -> Result<(), String> {
+/// Writes `old` where it differs from `new`, unit by unit; packed, if that is asked for and can be.
+async fn keep(disk: &Disk, at: u64, old: &Iov, new: &Iov, (unit, packed): (usize, bool)) -> Result<(), String> {
+    let image = Rc::clone(&disk.chain()[0].image);
     let (before, after) = (old.to_vec(), new.to_vec());
     let mut start = 0;
     while start < before.len() {
@@ -139,8 +157,11 @@ async fn keep(disk: &Disk, at: u64, old: &Iov, new: &Iov, unit: usize) -> Result
         let end = (start + unit - inside).min(before.len());
         if before[start..end] != after[start..end] {
             let place = at + start as u64;
-            let written = disk.write(GuestOffset(place), old.slice(start..end), false).await;
-            written.map_err(|error| format!("error while writing at byte {place}: {error}"))?;
+            let failed = |error: image::Error| format!("error while writing at byte {place}: {error}");
+            let part = old.slice(start..end);
+            if !(packed && part.len() == unit && image.pack(GuestOffset(place), part.clone()).await.map_err(failed)?) {
+                disk.write(GuestOffset(place), part, false).await.map_err(failed)?;
+            }
         }
         start = end;
     }

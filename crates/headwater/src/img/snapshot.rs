@@ -1,30 +1,32 @@
 //! `img snapshot`: internal snapshots.
 
 use crate::exit::{Exit, Outcome};
-use crate::images::{self, Look, format_named, on_ring};
+use crate::images::{self, Look, Naming, on_ring};
 use crate::size::human;
 use image::{Snapshot, SnapshotAction};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 #[derive(clap::Args)]
 pub(crate) struct Args {
+    #[command(flatten)]
+    naming: Naming,
     /// Make this snapshot the present state
-    #[arg(short, value_name = "SNAPSHOT", conflicts_with_all = ["create", "delete", "list"])]
+    #[arg(short, long = "apply", value_name = "SNAPSHOT", conflicts_with_all = ["create", "delete", "list"])]
     apply: Option<String>,
     /// Take a snapshot
-    #[arg(short, value_name = "SNAPSHOT", conflicts_with_all = ["delete", "list"])]
+    #[arg(short, long = "create", value_name = "SNAPSHOT", conflicts_with_all = ["delete", "list"])]
     create: Option<String>,
     /// Delete a snapshot
-    #[arg(short, value_name = "SNAPSHOT", conflicts_with = "list")]
+    #[arg(short, long = "delete", value_name = "SNAPSHOT", conflicts_with = "list")]
     delete: Option<String>,
     /// List them
-    #[arg(short)]
+    #[arg(short, long = "list")]
     list: bool,
     /// Format of the image, instead of looking
     #[arg(short, long = "format", value_name = "FMT")]
     format: Option<String>,
     /// Print nothing
-    #[arg(short)]
+    #[arg(short, long = "quiet")]
     quiet: bool,
     /// Somebody may be writing to it (with -l)
     #[arg(short = 'U', long)]
@@ -41,11 +43,12 @@ pub(crate) fn run(args: &Args) -> Outcome {
         (_, _, Some(name)) => Some(SnapshotAction::Delete(name.clone())),
         (None, None, None) => None,
     };
-    let format = args.format.as_deref().map(format_named).transpose()?;
     let (writable, force_share) = (action.is_some(), args.force_share && action.is_none());
-    let look = Look { format, writable, force_share, no_backing: true, ..Look::default() };
+    // What is written stays what it was, unless another state takes its place.
+    let no_guest = !matches!(action, Some(SnapshotAction::Apply(_)));
+    let look = Look { writable, force_share, no_guest, no_backing: true, ..args.naming.look(args.format.as_deref())? };
     let list = on_ring(async {
-        let chain = images::open(&args.file, look).await?;
+        let chain = images::open(&args.file, &look).await?;
         let image = &chain[0].image;
         let done = match action {
             Some(action) => image.snapshot(action).await.map(|()| Vec::new()),

@@ -2,7 +2,7 @@
 
 use crate::images::{self, Look};
 use disk::{Disk, DiskOptions, Status};
-use image::Format;
+use image::{Format, Image};
 use layout::{GuestOffset, GuestRange};
 use ring::Iov;
 use std::rc::Rc;
@@ -15,7 +15,7 @@ pub(crate) struct Source {
 
 impl Source {
     /// Opens `files`, read-only.
-    pub(crate) async fn open(files: &[String], look: Look) -> Result<Self, String> {
+    pub(crate) async fn open(files: &[String], look: &Look) -> Result<Self, String> {
         let mut source = Self { disks: Vec::new(), size: 0 };
         for file in files {
             match images::open(file, look).await {
@@ -45,6 +45,11 @@ impl Source {
     /// Bytes in all.
     pub(crate) fn size(&self) -> u64 {
         self.size
+    }
+
+    /// The image of the first, its top.
+    pub(crate) fn top(&self) -> Option<Rc<dyn Image>> {
+        self.disks.first().map(|(_, disk)| Rc::clone(&disk.chain()[0].image))
     }
 
     /// The format of the first.

@@ -6,14 +6,19 @@ mod request;
 mod session;
 
 use crate::exit::{Exit, Outcome};
-use crate::images::{Look, format_named, on_ring};
+use crate::images::{Look, Naming, on_ring};
+use crate::nbd::overlay;
 use crate::tool;
 use disk::DiskOptions;
+use image::Format;
 use session::Session;
 use std::io::{BufRead, IsTerminal, Write};
 
 #[derive(clap::Args)]
+#[expect(clippy::struct_excessive_bools, reason = "a command line is made of switches")]
 pub(crate) struct Args {
+    #[command(flatten)]
+    naming: Naming,
     /// A command; several are carried out in order. Without one they are read from standard input
     #[arg(short, value_name = "COMMAND")]
     command: Vec<String>,
@@ -23,6 +28,9 @@ pub(crate) struct Args {
     /// Write nothing
     #[arg(short, long)]
     read_only: bool,
+    /// What is written goes to a temporary file and is lost at the end
+    #[arg(short, long)]
+    snapshot: bool,
     /// Past the page cache
     #[arg(short, long)]
     nocache: bool,
@@ -48,24 +56,30 @@ pub(crate) fn run(args: &Args) -> Outcome {
         Some("ignore" | "off") => false,
         Some(mode) => return Err(format!("Invalid discard option: {mode}")),
     };
-    let format = args.format.as_deref().map(format_named).transpose()?;
     let cache = args.cache.as_deref().unwrap_or("writeback");
     if !["none", "writeback", "writethrough", "directsync", "unsafe", "off"].contains(&cache) {
         return Err(format!("invalid cache mode '{cache}'"));
     }
     let look = Look {
-        format,
         writable: !args.read_only,
         direct: args.nocache || ["none", "off", "directsync"].contains(&cache),
         no_flush: cache == "unsafe",
         force_share: args.force_share,
-        ..Look::default()
+        ..args.naming.look(args.format.as_deref())?
     };
     let write_through = ["writethrough", "directsync"].contains(&cache);
     let options = DiskOptions { copy_on_read: args.copy_on_read, write_through, discard };
+    let temporary = match &args.file {
+        Some(file) if args.snapshot => Some(overlay(&args.naming.name(file)?, &look)?),
+        _ => None,
+    };
+    let look = match &temporary {
+        Some(_) => Look { format: Some(Format::Qcow2), image_opts: false, ..look },
+        None => look,
+    };
     let good = on_ring(async {
         let mut session = Session::new(look, options);
-        if let Some(file) = &args.file {
+        if let Some(file) = temporary.as_ref().map(|(_, file)| file).or(args.file.as_ref()) {
             session.open(file).await?;
         }
         let good =

@@ -9,6 +9,7 @@ use layout::{GuestOffset, GuestRange};
 use ring::{Iov, JoinHandle};
 use std::rc::Rc;
 use std::time::{Duration, Instant};
+use store::debug::{DebugStore, Event};
 
 /// What is written where nothing else is said, and what memory holds that nobody has read into yet.
 const DEFAULT_PATTERN: u8 = 0xcd;
@@ -20,6 +21,8 @@ pub(super) struct Session {
     options: DiskOptions,
     disk: Option<Rc<Disk>>,
     file: String,
+    /// Where requests can be stopped.
+    debugs: Vec<Rc<DebugStore>>,
     /// Requests that nobody has waited for yet.
     under_way: Vec<JoinHandle<bool>>,
     over: bool,
@@ -28,7 +31,7 @@ pub(super) struct Session {
 impl Session {
     pub(super) fn new(look: Look, options: DiskOptions) -> Self {
         let (file, under_way) = (String::new(), Vec::new());
-        Self { look, options, disk: None, file, under_way, over: false }
+        Self { look, options, disk: None, file, debugs: Vec::new(), under_way, over: false }
     }
 
     /// Whether there shall be no more commands.
@@ -38,8 +41,16 @@ impl Session {
 
     /// Opens `file`.
     pub(super) async fn open(&mut self, file: &str) -> Result<(), String> {
-        let chain =
-            images::open(file, self.look).await.map_err(|error| format!("can't open device {file}: {error}"))?;
+        let sources = images::sources(&self.look);
+        let chain = images::open_from(&sources, file, &self.look).await;
+        let chain = chain.map_err(|error| format!("can't open device {file}: {error}"))?;
+        self.debugs = sources.debugs();
+        for debug in &self.debugs {
+            debug.listen(Rc::new(|tag, stopped| {
+                let what = if stopped { "Suspended" } else { "Resuming" };
+                println!("blkdebug: {what} request '{tag}'");
+            }));
+        }
         self.disk = Some(Disk::new(file, chain, self.options));
         file.clone_into(&mut self.file);
         Ok(())
@@ -99,19 +110,21 @@ impl Session {
             "reopen" => return self.reopen(words).await,
             "read" | "r" | "readv" => {
                 let request = Request::parse(name, words, "abCqrvplsP", name == "readv")?;
-                return Ok(read(Rc::clone(self.disk()?), request).await);
+                return Ok(read(Rc::clone(self.disk()?), request, if name == "readv" { "readv" } else { "read" }).await);
             }
             "write" | "w" | "writev" => {
                 let request = Request::parse(name, words, "bcCfnpqrsuzP", name == "writev")?;
-                return Ok(write(Rc::clone(self.disk()?), request).await);
+                return Ok(
+                    write(Rc::clone(self.disk()?), request, if name == "writev" { "writev" } else { "write" }).await
+                );
             }
             "aio_read" => {
                 let request = Request::parse(name, words, "CqrvP", true)?;
-                self.under_way.push(ring::spawn(read(Rc::clone(self.disk()?), request)));
+                self.under_way.push(ring::spawn(read(Rc::clone(self.disk()?), request, "readv")));
             }
             "aio_write" => {
                 let request = Request::parse(name, words, "CfqruzP", true)?;
-                self.under_way.push(ring::spawn(write(Rc::clone(self.disk()?), request)));
+                self.under_way.push(ring::spawn(write(Rc::clone(self.disk()?), request, "aio_write")));
             }
             "aio_flush" => {
                 let good = self.wait().await;
@@ -133,12 +146,41 @@ impl Session {
                 ring::sleep(Duration::from_millis(ms)).await;
             }
             "abort" => std::process::abort(),
-            "break" | "remove_break" | "resume" | "wait_break" => {
-                return Err(format!("Could not set a breakpoint: Operation not supported ({name} needs blkdebug)"));
+            "break" => self.break_at(words)?,
+            "remove_break" => {
+                let tag = words.first().ok_or("bad argument count 0 to remove_break, expected 1 argument")?;
+                let found = self.debugs.iter().fold(false, |found, debug| found | debug.remove_break(tag));
+                if !found {
+                    return Err(format!("Could not remove breakpoint {tag}: No such file or directory"));
+                }
+            }
+            "resume" => {
+                let tag = words.first().ok_or("bad argument count 0 to resume, expected 1 argument")?;
+                if !self.debugs.iter().any(|debug| debug.resume(tag)) {
+                    return Err("Could not resume request: No such file or directory".to_owned());
+                }
+                // What goes on may say something before the next command does.
+                ring::yield_now().await;
+            }
+            "wait_break" => {
+                let tag = words.first().ok_or("bad argument count 0 to wait_break, expected 1 argument")?;
+                let Some(debug) = self.debugs.first() else { return Ok(true) };
+                debug.wait_stopped(tag).await;
             }
             _ => return Err(format!("command \"{name}\" not found")),
         }
         Ok(true)
+    }
+
+    /// Stops the next request at which an event happens.
+    fn break_at(&self, words: &[&str]) -> Result<(), String> {
+        let [event, tag] = words else {
+            return Err(format!("bad argument count {} to break, expected 2 arguments", words.len()));
+        };
+        let event = Event::from_name(event).ok_or("Could not set breakpoint: No such file or directory")?;
+        let debug = self.debugs.first().ok_or("Could not set breakpoint: Operation not supported")?;
+        debug.break_at(event, tag);
+        Ok(())
     }
 
     async fn flush(&self) -> Result<(), String> {
@@ -187,7 +229,7 @@ impl Session {
             println!("cluster size: {}", with_unit(bytes as f64));
         }
         if let Some(own) = info.qcow2 {
-            println!("{}", crate::img::info::specific(own).join("\n"));
+            println!("{}", crate::img::info::specific(&own, &[]).join("\n"));
         }
         Ok(())
     }
@@ -254,18 +296,18 @@ fn reason(error: &disk::Error) -> String {
     named.split(" (os error").next().unwrap_or_default().to_owned()
 }
 
-async fn read(disk: Rc<Disk>, request: Request) -> bool {
+async fn read(disk: Rc<Disk>, request: Request, command: &'static str) -> bool {
     let began = Instant::now();
     let bytes = Iov::alloc(request.len as usize);
     bytes.fill(STALE);
     // Past its end there is nothing to read, as the system would say.
     let past_end = request.at.saturating_add(request.len) > disk.size();
     if past_end {
-        println!("read failed: Input/output error");
+        println!("{command} failed: Input/output error");
         return false;
     }
     if let Err(error) = disk.read(GuestOffset(request.at), bytes.clone()).await {
-        println!("read failed: {}", reason(&error));
+        println!("{command} failed: {}", reason(&error));
         return false;
     }
     let took = began.elapsed();
@@ -295,7 +337,7 @@ fn dump(bytes: &[u8], at: u64) {
     }
 }
 
-async fn write(disk: Rc<Disk>, request: Request) -> bool {
+async fn write(disk: Rc<Disk>, request: Request, command: &'static str) -> bool {
     if disk.read_only() {
         tool::complain("Block node is read-only");
         return false;
@@ -303,7 +345,7 @@ async fn write(disk: Rc<Disk>, request: Request) -> bool {
     let began = Instant::now();
     let (at, len) = (GuestOffset(request.at), request.len);
     let done = if request.at.saturating_add(len) > disk.size() {
-        println!("write failed: Input/output error");
+        println!("{command} failed: Input/output error");
         return false;
     } else if request.zero {
         disk.write_zeroes(at.range(len), request.unmap, request.fua).await
@@ -318,7 +360,7 @@ async fn write(disk: Rc<Disk>, request: Request) -> bool {
         }
     };
     if let Err(error) = done {
-        println!("write failed: {}", reason(&error));
+        println!("{command} failed: {}", reason(&error));
         return false;
     }
     report("wrote", &request, began.elapsed());
@@ -358,6 +400,14 @@ async fn pack(disk: &Rc<Disk>, at: GuestOffset, bytes: Iov) -> disk::Result<()> 
 }
 
 async fn discard(disk: &Rc<Disk>, request: &Request) -> bool {
+    if disk.read_only() {
+        tool::complain("Block node is read-only");
+        return false;
+    }
+    if request.at.saturating_add(request.len) > disk.size() {
+        println!("discard failed: Input/output error");
+        return false;
+    }
     let began = Instant::now();
     match disk.discard(GuestOffset(request.at).range(request.len)).await {
         Ok(()) => {
@@ -377,4 +427,5 @@ write [-cfquz] [-P PATTERN | -s FILE] OFFSET LENGTH
 readv, writev, aio_read, aio_write: the same, with one or more lengths
 aio_flush, flush, discard OFFSET LENGTH, truncate SIZE
 length, info, map, alloc OFFSET [LENGTH]
+break EVENT TAG, wait_break TAG, resume TAG, remove_break TAG (of a disk over blkdebug)
 open FILE, close, reopen [-r|-w] [-c CACHE], sleep MS, abort, quit";

@@ -13,7 +13,7 @@ use crate::room::Held;
 use crate::slices::SlicePin;
 use crate::{Keep, Linked, Mapping, Purpose, Reservation, Result};
 use layout::qcow2::{L2Entry, Slice};
-use layout::{GuestOffset, GuestRange, HostOffset};
+use layout::{GuestOffset, GuestRange, HostOffset, HostRange};
 use ring::Iov;
 use std::rc::Rc;
 use store::ZeroMode;
@@ -39,19 +39,31 @@ impl Core {
         let want = range.end().align_up(cluster).min(slice_end) - start;
         // Version 2 has no way to say "zeros" but clusters that hold them.
         let needs_place = purpose == Purpose::Data || !self.has_zero_clusters();
-        let mut space = None;
-        if needs_place {
+        let mut space = Space::Nowhere;
+        if needs_place && self.has_data_file() {
+            // As far as the guest sees it: what a data file has for each cluster is where the guest sees it.
+            let places = start.range(want.min(MAX_RUN));
+            if purpose == Purpose::Zero {
+                self.zero_places(places).await?;
+            }
+            space = Space::Fixed(HostOffset(start.get()).range(places.len()));
+        } else if needs_place {
             let mut held = self.room.take(want.min(MAX_RUN)).await?;
             self.prepare_to_count(held.range()).await?;
             if purpose == Purpose::Zero {
-                held = zeroed(held).await?;
+                if self.blank {
+                    held = zeroed(held).await?;
+                } else {
+                    self.payload.zero(held.range(), ZeroMode { unmap: true }).await?;
+                }
             }
-            space = Some(held);
+            space = Space::Held(held);
         }
         self.health.check_poison()?;
         let (host, len, zeroed) = match &space {
-            None => (None, want, false),
-            Some(held) => (Some(held.range().start()), held.range().len(), held.zeroed()),
+            Space::Nowhere => (None, want, false),
+            Space::Fixed(places) => (Some(places.start()), places.len(), false),
+            Space::Held(held) => (Some(held.range().start()), held.range().len(), held.zeroed() && self.blank),
         };
         let host = if purpose == Purpose::Data { host } else { None };
         let clusters = Clusters { space, slice, table, _busy: busy, core: self.clone() };
@@ -81,7 +93,7 @@ impl Core {
             let keep = match mapped.mapping {
                 Mapping::Data(host) if whole => {
                     let len = mapped.len.next_multiple_of(cluster);
-                    self.store.zero(host.range(len), ZeroMode { unmap }).await?;
+                    self.payload.zero(host.range(len), ZeroMode { unmap }).await?;
                     at = run.end();
                     continue;
                 }
@@ -184,9 +196,19 @@ impl Core {
     }
 }
 
+/// Where the clusters of a reservation are.
+enum Space {
+    /// They are marks.
+    Nowhere,
+    /// In the data file, where the guest sees them.
+    Fixed(HostRange),
+    /// In the image.
+    Held(Held),
+}
+
 /// A reservation of this format. Fields are dropped in this order: space first, the count last.
 struct Clusters {
-    space: Option<Held>,
+    space: Space,
     slice: SlicePin<Slice>,
     table: TablePin,
     _busy: Busy,
@@ -198,7 +220,11 @@ impl Reserved for Clusters {
         let core = &*self.core;
         let header = core.header.get();
         let (cluster, words) = (header.cluster_size(), core.words());
-        let host = self.space.take().map(|held| held.keep().start());
+        let (host, counted) = match std::mem::replace(&mut self.space, Space::Nowhere) {
+            Space::Nowhere => (None, false),
+            Space::Fixed(places) => (Some(places.start()), false),
+            Space::Held(held) => (Some(held.keep().start()), true),
+        };
         let mut done = Linked::default();
         let mut at = range.start();
         while at < range.end() {
@@ -221,12 +247,12 @@ impl Reserved for Clusters {
                     }
                 });
                 core.room.space.borrow_mut().unlink(L2Entry::referred(current.0, &header));
-                if let Some(mine) = mine {
+                if let Some(mine) = mine.filter(|_| counted) {
                     core.count_later(mine.range(cluster));
                 }
                 done.linked += cluster;
             } else {
-                if let Some(mine) = mine {
+                if let Some(mine) = mine.filter(|_| counted) {
                     core.room.space.borrow_mut().give_back(mine.range(cluster));
                 }
                 done.dropped += cluster;
@@ -240,7 +266,7 @@ impl Reserved for Clusters {
     }
 
     fn release(&mut self, _: GuestRange) {
-        self.space = None;
+        self.space = Space::Nowhere;
     }
 }
 

@@ -130,6 +130,12 @@ impl Scan {
         let header = core.header.get();
         self.claim(HostOffset::ZERO.range(1), &header, "the header")?;
         self.claim(header.l1_range(), &header, "the L1 table")?;
+        if header.crypt != 0 {
+            match super::open::encryption_header(&*core.store, &header).await {
+                Ok(place) => drop(self.claim(place, &header, "the header of the encryption")?),
+                Err(error) => self.unread("the header of the encryption", &error),
+            }
+        }
         self.walk_snapshots(core, &header).await?;
         self.walk_bitmaps(core, &header).await?;
         let l1 = core.tables.borrow().l1().get(..header.l1_entries as usize).unwrap_or_default().to_vec();

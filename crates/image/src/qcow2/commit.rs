@@ -46,7 +46,7 @@ impl Core {
         }
         self.health.check_poison()?;
         if !self.is_dirty() {
-            return self.health.barrier().await;
+            return self.data_barrier().await;
         }
         crate::commits::commit(self).await
     }
@@ -110,7 +110,7 @@ impl Core {
         let counted = self.count_up(std::mem::take(&mut epoch.linked)).await;
         counted.map_err(|error| self.health.fail(error))?;
         self.write_refcounts(zone).await?;
-        self.health.barrier().await?;
+        self.data_barrier().await?;
         if epoch.slices.is_empty() {
             return Ok(());
         }

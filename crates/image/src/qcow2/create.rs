@@ -1,9 +1,14 @@
 //! Creating: header, refcount table, refcount blocks and L1 table side by side, each counted once.
 
+use super::data_file::DataFile;
 use super::header::{check_backing, extensions};
 use crate::create::CreateOptions;
+use crate::luks;
 use crate::{Error, ErrorKind, Result};
-use layout::qcow2::{COMPATIBLE_LAZY_REFCOUNTS, Compression, Extensions, Features, Header, refcount};
+use layout::qcow2::{
+    AUTOCLEAR_DATA_FILE_RAW, COMPATIBLE_LAZY_REFCOUNTS, CRYPT_LUKS, Compression, Extension, Extensions, Features,
+    Header, refcount,
+};
 use layout::{HostOffset, HostRange};
 use ring::Iov;
 use std::rc::Rc;
@@ -15,6 +20,9 @@ const DEFAULT_CLUSTER_SIZE: u64 = 64 << 10;
 /// Bytes of the headers that are made: version 2's, and version 3's with the compression type.
 const V2_BYTES: u32 = 72;
 const V3_BYTES: u32 = 112;
+
+/// Header, extensions and names of a new image lie within this.
+const HEAD_BYTES: u64 = 4096;
 
 /// What QCOW2 alone lets one choose.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -29,6 +37,8 @@ pub struct Options {
     pub extended_l2: bool,
     /// How packed clusters are packed.
     pub compression: Compression,
+    /// Guests' data are encrypted by LUKS, under the passphrase of [`CreateOptions`].
+    pub encrypted: bool,
 }
 
 impl Default for Options {
@@ -39,6 +49,7 @@ impl Default for Options {
             lazy_refcounts: false,
             extended_l2: false,
             compression: Compression::Deflate,
+            encrypted: false,
         }
     }
 }
@@ -48,11 +59,13 @@ struct Plan {
     header: Header,
     blocks: u64,
     l1_clusters: u64,
+    /// For the header of the encryption, behind everything else.
+    luks_clusters: u64,
 }
 
 impl Plan {
     fn clusters(&self) -> u64 {
-        1 + u64::from(self.header.refcount_table_clusters) + self.blocks + self.l1_clusters
+        1 + u64::from(self.header.refcount_table_clusters) + self.blocks + self.l1_clusters + self.luks_clusters
     }
 }
 
@@ -60,7 +73,7 @@ fn invalid(what: impl Into<String>) -> Error {
     Error::new(ErrorKind::InvalidArgument, "", None, what)
 }
 
-fn plan(options: &CreateOptions) -> Result<Plan> {
+fn plan(options: &CreateOptions, data_file: Option<&DataFile>) -> Result<Plan> {
     let own = options.qcow2;
     let cluster = options.cluster_size.unwrap_or(DEFAULT_CLUSTER_SIZE);
     if !cluster.is_power_of_two() || !(512..=2 << 20).contains(&cluster) {
@@ -98,9 +111,22 @@ fn plan(options: &CreateOptions) -> Result<Plan> {
     if own.extended_l2 && cluster < 16 << 10 {
         return Err(invalid("Extended L2 entries are only supported with cluster sizes of at least 16384 bytes"));
     }
+    if let Some(file) = data_file {
+        file.check()?;
+        if own.version == 2 {
+            return Err(invalid(
+                "External data files are only supported with compatibility level 1.1 and above (use \
+                                version=v3 or greater)",
+            ));
+        }
+        if file.raw && options.backing.is_some() {
+            return Err(invalid("Backing file and data-file-raw cannot be used at the same time"));
+        }
+    }
     let size = options.size.checked_next_multiple_of(512).ok_or_else(|| invalid("no disk can be that large"))?;
     let mut features = Features::empty();
     features.set(Features::EXTENDED_L2, own.extended_l2);
+    features.set(Features::EXTERNAL_DATA, data_file.is_some());
     features.set(Features::COMPRESSION, own.compression != Compression::Deflate);
     let mut header = Header {
         version: own.version,
@@ -116,8 +142,9 @@ fn plan(options: &CreateOptions) -> Result<Plan> {
         snapshot_table: HostOffset::ZERO,
         features,
         compatible_features: if own.lazy_refcounts { COMPATIBLE_LAZY_REFCOUNTS } else { 0 },
-        autoclear_features: 0,
+        autoclear_features: if data_file.is_some_and(|file| file.raw) { AUTOCLEAR_DATA_FILE_RAW } else { 0 },
         compression: own.compression,
+        crypt: if own.encrypted { CRYPT_LUKS } else { 0 },
         header_bytes: if own.version == 2 { V2_BYTES } else { V3_BYTES },
     };
     if size > header.max_size() {
@@ -129,10 +156,11 @@ fn plan(options: &CreateOptions) -> Result<Plan> {
     }
     header.l1_entries = header.l1_entries_for(size) as u32;
     let l1_clusters = header.l1_range().len().div_ceil(cluster);
+    let luks_clusters = if own.encrypted { luks::header_bytes().div_ceil(cluster) } else { 0 };
     // More blocks need more counting: once around is not always enough.
     let (mut blocks, mut table) = (1, 1);
     loop {
-        let clusters = 1 + table + blocks + l1_clusters;
+        let clusters = 1 + table + blocks + l1_clusters + luks_clusters;
         let (blocks_now, table_now) = (clusters.div_ceil(header.refcounts_per_block()), (blocks * 8).div_ceil(cluster));
         if blocks_now <= blocks && table_now <= table {
             break;
@@ -141,11 +169,15 @@ fn plan(options: &CreateOptions) -> Result<Plan> {
     }
     header.refcount_table_clusters = table as u32;
     header.l1_table = HostOffset((1 + table + blocks) * cluster);
+    let luks_at = HostOffset((1 + table + blocks + l1_clusters) * cluster);
+    let start = u64::from(header.header_bytes) + header_extensions(options, data_file, luks_at).len() as u64;
+    if start > cluster.min(HEAD_BYTES) {
+        return Err(invalid("the name of the data file does not fit into the first cluster; use larger clusters"));
+    }
     if let Some(backing) = &options.backing {
         check_backing("", backing)?;
-        let start = u64::from(header.header_bytes) + header_extensions(options).len() as u64;
         let name = HostRange::new(HostOffset(start), backing.name.len() as u64);
-        if name.end().get() > cluster {
+        if name.end().get() > cluster.min(HEAD_BYTES) {
             return Err(invalid(
                 "the name of the backing file does not fit into the first cluster; use larger clusters",
             ));
@@ -153,12 +185,12 @@ fn plan(options: &CreateOptions) -> Result<Plan> {
         header.backing_name = Some(name);
     }
     header.validate().map_err(|error| invalid(error.to_string()))?;
-    Ok(Plan { header, blocks, l1_clusters })
+    Ok(Plan { header, blocks, l1_clusters, luks_clusters })
 }
 
 /// Bytes of the file of such an image, once all of it is allocated: for `measure`.
 pub fn measure(options: &CreateOptions) -> Result<u64> {
-    let header = plan(options)?.header;
+    let header = plan(options, None)?.header;
     let cluster = header.cluster_size();
     let l1 = header.l1_range().len().div_ceil(cluster);
     let l2 = header.l1_entries_for(header.size);
@@ -174,18 +206,34 @@ pub fn measure(options: &CreateOptions) -> Result<u64> {
     }
 }
 
-fn header_extensions(options: &CreateOptions) -> Vec<u8> {
-    extensions(&Extensions::default(), options.backing.as_ref()).encode()
+fn header_extensions(options: &CreateOptions, data_file: Option<&DataFile>, luks_at: HostOffset) -> Vec<u8> {
+    let mut own = Extensions { all: data_file.map(DataFile::extension).into_iter().collect() };
+    if options.qcow2.encrypted {
+        let place = [luks_at.get(), luks::header_bytes()];
+        let data = place.into_iter().flat_map(u64::to_be_bytes).collect();
+        own.all.push(Extension { kind: Extension::ENCRYPTION, data });
+    }
+    extensions(&own, options.backing.as_ref()).encode()
 }
 
 /// Checks `options`; returns warnings.
 pub(crate) fn validate(options: &CreateOptions) -> Result<Vec<String>> {
-    plan(options).map(|_| Vec::new())
+    plan(options, None).map(|_| Vec::new())
 }
 
 /// Writes a new image: the tables first, then the header.
 pub(crate) async fn create(store: Rc<dyn Store>, options: &CreateOptions) -> Result<()> {
-    let plan = plan(options)?;
+    create_as(store, options, None).await
+}
+
+/// Writes a new image whose data are in a file of their own. Makes the tables only: the data file is there already, as long as
+/// the disk, and reads as zeros. Where it is raw, [`crate::Image::preallocate`] gives its clusters their places.
+pub async fn create_with_data_file(store: Rc<dyn Store>, options: &CreateOptions, data_file: &DataFile) -> Result<()> {
+    create_as(store, options, Some(data_file)).await
+}
+
+async fn create_as(store: Rc<dyn Store>, options: &CreateOptions, data_file: Option<&DataFile>) -> Result<()> {
+    let plan = plan(options, data_file)?;
     let header = &plan.header;
     let cluster = header.cluster_size();
     let end = plan.clusters() * cluster;
@@ -213,9 +261,17 @@ pub(crate) async fn create(store: Rc<dyn Store>, options: &CreateOptions) -> Res
     let entries = (0..plan.blocks).map(|number| (first_block + number) * cluster);
     let table: Vec<u8> = entries.flat_map(u64::to_be_bytes).collect();
     store.write(header.refcount_table, Iov::from_slice(&table), false).await?;
-    let mut first = vec![0; cluster.min(4096) as usize];
+    let mut first = vec![0; cluster.min(HEAD_BYTES) as usize];
     header.encode_over(&mut first);
-    let (start, extensions) = (header.header_bytes as usize, header_extensions(options));
+    let luks_at = header.l1_table + plan.l1_clusters * cluster;
+    if options.qcow2.encrypted {
+        let passphrase = options.passphrase.clone().ok_or_else(|| {
+            invalid("Parameter 'encrypt.key-secret' is required for cipher: name a secret that holds the passphrase")
+        })?;
+        let made = luks::plan(passphrase, options.iteration_time).await?;
+        store.write(luks_at, Iov::from_slice(&made.bytes), false).await?;
+    }
+    let (start, extensions) = (header.header_bytes as usize, header_extensions(options, data_file, luks_at));
     first[start..start + extensions.len()].copy_from_slice(&extensions);
     if let (Some(backing), Some(slot)) = (&options.backing, header.backing_name) {
         let at = slot.start().get() as usize;
@@ -262,7 +318,7 @@ mod tests {
                 for size in [0, 512, 1 << 30, 100 << 30] {
                     let qcow2 = Options { refcount_bits: bits, ..Options::default() };
                     let options = CreateOptions { size, cluster_size: Some(cluster_size), qcow2, ..options() };
-                    let Ok(plan) = plan(&options) else { continue };
+                    let Ok(plan) = plan(&options, None) else { continue };
                     assert!(plan.clusters() <= plan.blocks * plan.header.refcounts_per_block(), "{options:?}");
                     assert!(plan.blocks * 8 <= plan.header.refcount_table_bytes(), "{options:?}");
                 }

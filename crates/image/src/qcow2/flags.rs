@@ -20,6 +20,9 @@ impl Scan {
             }
             self.check_flag("L2 cluster: l1_entry", core, header, (header.l1_table + index as u64 * 8, raw), fix)
                 .await?;
+            if header.has_data_file() {
+                continue;
+            }
             let bytes = Iov::alloc(header.cluster_size() as usize);
             if core.store.read(table, bytes.clone()).await.is_err() {
                 continue;

@@ -9,7 +9,7 @@
 use super::Core;
 use super::resolve::Table;
 use crate::{BackingRef, ErrorKind, Format, Keep, Purpose, Result};
-use layout::qcow2::{Extension, Extensions, Header, L2Entry, MAX_BACKING_NAME, Slice};
+use layout::qcow2::{COPIED, Extension, Extensions, Header, L2Entry, MAX_BACKING_NAME, OFFSET, Slice};
 use layout::{GuestOffset, GuestRange, HostOffset, HostRange};
 use ring::Iov;
 use std::ops::Range;
@@ -42,6 +42,13 @@ impl HeaderZone {
     fn pages(&self, range: Range<usize>) -> (HostOffset, Iov) {
         let (start, end) = (range.start / PAGE * PAGE, range.end.next_multiple_of(PAGE).min(self.bytes.len()));
         (HostOffset(start as u64), Iov::from_slice(&self.bytes[start..end]))
+    }
+
+    /// Where extensions end at the latest: where the backing file's name begins, if it lies behind them.
+    fn extensions_end(&self, header: &Header) -> usize {
+        let name = header.backing_name.map(|name| name.start().get() as usize);
+        let name = name.filter(|name| *name > header.header_bytes as usize);
+        name.unwrap_or(self.bytes.len()).min(self.bytes.len())
     }
 
     /// A run of `len` zeros from `from` on.
@@ -86,27 +93,54 @@ impl Core {
         self.health.check_writable()?;
         if let Some(backing) = &backing {
             check_backing(self.store.name(), backing)?;
+            if self.header.get().data_file_is_raw() {
+                let what = "an image with a raw data file cannot have a backing file";
+                return Err(self.health.error(ErrorKind::Unsupported, None, what));
+            }
         }
         self.commit().await?;
         let mut zone = self.zone.lock().await;
         let header = self.header.get();
+        let wanted = extensions(&self.extensions(&zone, &header)?, backing.as_ref());
+        let name = backing.as_ref().map(|backing| backing.name.as_bytes());
+        self.publish_extensions(&mut zone, header, wanted, name).await?;
+        *self.backing.borrow_mut() = backing;
+        Ok(())
+    }
+
+    /// The header's extensions.
+    pub(super) fn extensions(&self, zone: &HeaderZone, header: &Header) -> Result<Extensions> {
         let start = header.header_bytes as usize;
-        // Extensions end where the name begins.
-        let limit = header.backing_name.map(|name| name.start().get() as usize).filter(|name| *name > start);
-        let limit = limit.unwrap_or(zone.bytes.len()).min(zone.bytes.len());
-        let before = Extensions::decode(&zone.bytes[start..limit], start as u64)
-            .map_err(|error| super::open::header_error(self.store.name(), &error))?;
-        let mut wanted = extensions(&before, backing.as_ref());
-        let name = backing.as_ref().map_or(&[][..], |backing| backing.name.as_bytes());
+        let area = zone.bytes.get(start..zone.extensions_end(header)).unwrap_or_default();
+        Extensions::decode(area, start as u64).map_err(|error| super::open::header_error(self.store.name(), &error))
+    }
+
+    /// Writes `header`, these extensions and the backing file's name, durably and in one piece; the caller holds the zone. A
+    /// failure poisons.
+    pub(super) async fn publish_extensions(
+        &self,
+        zone: &mut HeaderZone,
+        header: Header,
+        mut wanted: Extensions,
+        name: Option<&[u8]>,
+    ) -> Result<()> {
+        let start = header.header_bytes as usize;
+        let has_name = name.is_some();
+        let name = name.unwrap_or_default();
+        let before = self.extensions(zone, &header)?.encode().len();
         if start + wanted.encode().len() + name.len() > ATOMIC {
             // Names of feature bits are for old programs' messages; they make way for what must change in one piece.
             wanted.all.retain(|extension| extension.kind != Extension::FEATURE_NAMES);
         }
         let encoded = wanted.encode();
         let end = start + encoded.len();
+        if end > zone.bytes.len() {
+            let what = "the header has no room for its extensions";
+            return Err(self.health.error(ErrorKind::Unsupported, None, what));
+        }
         let place = if end + name.len() <= ATOMIC {
             end..end + name.len()
-        } else if let Some(room) = zone.room(name.len(), end.max(ATOMIC).max(start + before.encode().len())) {
+        } else if let Some(room) = zone.room(name.len(), end.max(ATOMIC).max(start + before)) {
             zone.bytes[room.clone()].copy_from_slice(name);
             let (at, pages) = zone.pages(room.clone());
             self.health.write(at, pages).await?;
@@ -116,10 +150,6 @@ impl Core {
             let what = "the header has no room for the name of the backing file; use a shorter one";
             return Err(self.health.error(ErrorKind::Unsupported, None, what));
         };
-        if end > zone.bytes.len() {
-            let what = "the header has no room for its extensions";
-            return Err(self.health.error(ErrorKind::Unsupported, None, what));
-        }
         // Up to the end of the sector nothing of the old extensions and the old name stays.
         let wipe = end.max(ATOMIC.min(zone.bytes.len()));
         zone.bytes[start..wipe].fill(0);
@@ -130,10 +160,10 @@ impl Core {
             let (at, pages) = zone.pages(PAGE..end);
             self.health.write(at, pages).await?;
         }
-        let old = header.backing_name.map(|name| name.start().get() as usize..name.end().get() as usize);
-        let header = Header { backing_name: backing.is_some().then_some(slot), ..header };
-        self.publish_header(&mut zone, header).await?;
-        *self.backing.borrow_mut() = backing;
+        let old = self.header.get().backing_name;
+        let old = old.map(|name| name.start().get() as usize..name.end().get() as usize);
+        let header = Header { backing_name: has_name.then_some(slot), ..header };
+        self.publish_header(zone, header).await?;
         // What is left of the old name is nobody's now. Not durable, and no harm if it never is.
         if let Some(old) = old.filter(|old| old.start >= wipe && old.end <= zone.bytes.len()) {
             for at in old.clone().filter(|at| !place.contains(at)) {
@@ -157,8 +187,12 @@ impl Core {
         self.zero_rest_of_last_cluster(old).await?;
         self.commit().await?;
         self.lengthen_l1(size).await?;
+        self.lengthen_data_file(old, size).await?;
         let mut zone = self.zone.lock().await;
         let header = Header { size, ..self.header.get() };
+        if self.resize_bitmaps(&mut zone, header).await? {
+            return Ok(());
+        }
         self.publish_header(&mut zone, header).await
     }
 
@@ -275,7 +309,8 @@ impl Core {
                 let raw = slice.raw()[word];
                 // In version 2 marks are clusters of zeros; they are not told from others.
                 let marks_have_places = header.version < 3;
-                if !L2Entry::referred(raw, &header).is_empty() && !marks_have_places {
+                let outside = header.has_data_file() && raw & (OFFSET | COPIED) != 0;
+                if outside || !L2Entry::referred(raw, &header).is_empty() && !marks_have_places {
                     let what = "a table has data behind the end of the disk; check and repair the image";
                     return Err(self.health.corrupt(table + word as u64 * 8, what));
                 }
@@ -299,7 +334,7 @@ impl Core {
             }
         };
         if let crate::Mapping::Data(host) = mapped.mapping {
-            self.store.zero((host + 1).range(rest), store::ZeroMode::default()).await?;
+            self.payload.zero((host + 1).range(rest), store::ZeroMode::default()).await?;
         }
         Ok(())
     }

@@ -5,11 +5,12 @@
 //! * `allocate`: reservations; `refcount`: which clusters are in use, and by how many;
 //! * `commit`: what was linked becomes durable;
 //! * `header`: size, backing reference, where the tables are;
-//! * `snapshot`: internal snapshots; `bitmaps`: persistent bitmaps, which are not kept up, and say so;
+//! * `snapshot`: internal snapshots; `load_snapshot`: showing one; `bitmaps`, `bitmap_actions`: persistent bitmaps, which are not kept up while a guest writes, and
+//!   say so;
 //! * `check`, with `references`, `counts` and `flags`, and `repair`: consistency of what is on disk.
 //!
 //! All the kinds of clusters there are: plain, zero, packed (deflate and zstd), with subclusters, shared with internal snapshots.
-//! Not served, and named when refused: encryption, an external data file.
+//! An external data file (`data_file`): tables in the image, data in the other. Not served, and named when refused: encryption.
 //!
 //! # What is written, and in which order
 //! 1. The guest's data, by whoever holds the reservation. Nothing refers to reserved clusters, on disk they are free.
@@ -31,13 +32,16 @@
 //!   unpacked clusters.
 
 mod allocate;
+mod bitmap_actions;
 mod bitmaps;
 mod check;
 mod commit;
 mod counts;
 mod create;
+mod data_file;
 mod flags;
 mod header;
+mod load_snapshot;
 mod open;
 mod pack;
 mod preallocate;
@@ -49,12 +53,14 @@ mod shrink;
 mod snapshot;
 mod unpack;
 
-pub use create::{Options, measure};
+pub use create::{Options, create_with_data_file, measure};
 pub(crate) use create::{create, validate};
+pub use data_file::DataFile;
 pub use layout::qcow2::Compression;
 pub(crate) use open::open;
 pub use open::open_with_table_memory;
 
+use crate::bitmap::{Bitmap, BitmapAction, Bits};
 use crate::commits::Commits;
 use crate::create::Preallocation;
 use crate::health::Health;
@@ -85,7 +91,13 @@ const SLICE_BYTES: u64 = 4096;
 /// Everything an open image knows. Shared by the image, its reservations and its tasks; no borrow of a cell lasts over an
 /// await.
 struct Core {
+    /// Where the tables are: the file that is the image.
     store: Rc<dyn Store>,
+    /// Where guests' data are: the same, what lies encrypted in it, or the data file.
+    payload: Rc<dyn Store>,
+    /// New space in the payload reads as zeros.
+    blank: bool,
+    data_file: Option<DataFile>,
     health: Health,
     for_check: bool,
     /// The header as it is on disk.
@@ -130,19 +142,21 @@ impl Core {
 
     /// Whether a cluster can be said to be zeros without a place of its own.
     fn has_zero_clusters(&self) -> bool {
-        self.header.get().version > 2
+        let header = self.header.get();
+        header.version > 2 && !header.data_file_is_raw()
     }
 
     /// Settles, unless there is a reason not to, and closes the store, in any case.
     async fn close(self: &Rc<Self>) -> Result<()> {
         let settled = if self.health.read_only() || self.health.is_poisoned() { Ok(()) } else { self.settle().await };
         let closed = self.store.close().await.map_err(Error::from);
-        settled.and(closed)
+        let data_closed = if self.has_data_file() { self.payload.close().await.map_err(Error::from) } else { Ok(()) };
+        settled.and(closed).and(data_closed)
     }
 }
 
 /// What `info` shows of a QCOW2 image alone.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Qcow2Info {
     /// 2 or 3.
     pub version: u32,
@@ -156,6 +170,8 @@ pub struct Qcow2Info {
     pub corrupt: bool,
     /// Its clusters have subclusters.
     pub extended_l2: bool,
+    /// Where its data are, if not in the image itself.
+    pub data_file: Option<DataFile>,
 }
 
 /// An open QCOW2 image.
@@ -168,8 +184,17 @@ impl Image for Qcow2Image {
         Format::Qcow2
     }
 
+    #[expect(clippy::misnamed_getters, reason = "guests' data may lie encrypted in the store of the tables")]
     fn store(&self) -> &Rc<dyn Store> {
+        &self.core.payload
+    }
+
+    fn file(&self) -> &Rc<dyn Store> {
         &self.core.store
+    }
+
+    fn has_fixed_places(&self) -> bool {
+        self.core.has_data_file()
     }
 
     fn size(&self) -> u64 {
@@ -206,9 +231,11 @@ impl Image for Qcow2Image {
             refcount_bits: 1 << header.refcount_order,
             corrupt: has(Features::CORRUPT),
             extended_l2: has(Features::EXTENDED_L2),
+            data_file: self.core.data_file.clone(),
         };
+        let encrypted = header.crypt != 0;
         let cluster_size = Some(header.cluster_size());
-        ImageInfo { cluster_size, dirty: has(Features::DIRTY), warnings, qcow2: Some(qcow2), ..ImageInfo::default() }
+        ImageInfo { cluster_size, dirty: has(Features::DIRTY), warnings, encrypted, qcow2: Some(qcow2), ..ImageInfo::default() }
     }
 
     fn lookup(&self, range: GuestRange) -> Result<Option<Mapped>> {
@@ -275,9 +302,9 @@ impl Image for Qcow2Image {
         Box::pin(ring::spawn(async move { core.pack(at, bytes).await }))
     }
 
-    fn preallocate(&self, how: Preallocation) -> ImageFuture<'_, ()> {
+    fn preallocate(&self, from: GuestOffset, how: Preallocation) -> ImageFuture<'_, ()> {
         let core = self.core.clone();
-        Box::pin(ring::spawn(async move { core.preallocate(how).await }))
+        Box::pin(ring::spawn(async move { core.preallocate(from, how).await }))
     }
 
     fn empty(&self) -> ImageFuture<'_, ()> {
@@ -292,6 +319,19 @@ impl Image for Qcow2Image {
     fn snapshot(&self, action: SnapshotAction) -> ImageFuture<'_, ()> {
         let core = self.core.clone();
         Box::pin(ring::spawn(async move { core.snapshot(action).await }))
+    }
+
+    fn bitmaps(&self) -> ImageFuture<'_, Vec<Bitmap>> {
+        Box::pin(self.core.bitmaps())
+    }
+
+    fn bitmap_bits<'a>(&'a self, name: &'a str) -> ImageFuture<'a, Bits> {
+        Box::pin(self.core.bitmap_bits(name))
+    }
+
+    fn bitmap(&self, action: BitmapAction) -> ImageFuture<'_, ()> {
+        let core = self.core.clone();
+        Box::pin(ring::spawn(async move { core.bitmap(action).await }))
     }
 
     fn poisoned(&self) -> Option<Error> {

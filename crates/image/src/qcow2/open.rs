@@ -2,22 +2,26 @@
 
 use super::header::HeaderZone;
 use super::refcount::Refcounts;
-use super::{Core, Qcow2Image, SLICE_BYTES, l1_form};
+use super::{Core, Qcow2Image, SLICE_BYTES, data_file, l1_form};
 use crate::commits::Commits;
 use crate::health::Health;
+use crate::luks;
 use crate::reservation::Active;
 use crate::room::Room;
 use crate::slices::{CACHE_BYTES, Shelf, SliceCache};
 use crate::space::Space;
 use crate::tables::Tables;
-use crate::{BackingRef, Error, ErrorKind, Format, Image, OpenOptions, Result};
-use layout::HostOffset;
-use layout::qcow2::{self, AUTOCLEAR_BITMAPS, ErrorKind as HeaderErrorKind, Extensions, Features, Header};
+use crate::{BackingRef, Error, ErrorKind, Format, Image, OpenOptions, Result, Surroundings};
+use layout::qcow2::{
+    self, AUTOCLEAR_BITMAPS, AUTOCLEAR_DATA_FILE_RAW, ErrorKind as HeaderErrorKind, Extensions, Features, Header,
+};
+use layout::{HostOffset, HostRange};
 use ring::Iov;
 use ring::sync::{Event, Mutex};
 use std::cell::{Cell, RefCell};
 use std::rc::Rc;
 use store::Store;
+use store::cipher::CipherStore;
 
 /// Enough for any header's fixed part.
 const HEAD: usize = 512;
@@ -26,12 +30,25 @@ const HEAD: usize = 512;
 const READ_BYTES: usize = 1 << 20;
 
 /// Opens the QCOW2 image in `store`.
-pub(crate) async fn open(store: Rc<dyn Store>, options: OpenOptions) -> Result<Rc<dyn Image>> {
-    open_with_table_memory(store, options, CACHE_BYTES).await
+pub(crate) async fn open(
+    store: Rc<dyn Store>,
+    options: OpenOptions,
+    surroundings: Surroundings<'_>,
+) -> Result<Rc<dyn Image>> {
+    open_with(store, options, surroundings, CACHE_BYTES).await
 }
 
 /// Opens the QCOW2 image in `store` with a stated budget for L2 tables in memory, in bytes. [`crate::open()`] takes 32 MiB.
 pub async fn open_with_table_memory(store: Rc<dyn Store>, options: OpenOptions, bytes: usize) -> Result<Rc<dyn Image>> {
+    open_with(store, options, Surroundings::default(), bytes).await
+}
+
+async fn open_with(
+    store: Rc<dyn Store>,
+    options: OpenOptions,
+    surroundings: Surroundings<'_>,
+    bytes: usize,
+) -> Result<Rc<dyn Image>> {
     let limits = store.limits();
     if limits.read_only && !options.read_only {
         let what = "it cannot be written to; open it read-only";
@@ -42,10 +59,6 @@ pub async fn open_with_table_memory(store: Rc<dyn Store>, options: OpenOptions, 
     let refuse = |error: qcow2::Error| header_error(store.name(), &error);
     let header = Header::decode(&head.to_vec()).map_err(refuse)?;
     header.check_length(store.size()).map_err(refuse)?;
-    if header.features.contains(Features::EXTERNAL_DATA) {
-        let what = "its data are in a file of their own, which is not supported; convert it with 'qemu-img convert'";
-        return Err(Error::new(ErrorKind::Unsupported, store.name(), None, what));
-    }
     if header.features.contains(Features::CORRUPT) && !options.read_only && !options.for_check {
         let what = "the image is marked as corrupt and must not be written to; check and repair it ('check -r all'), or open it \
                     read-only";
@@ -54,6 +67,16 @@ pub async fn open_with_table_memory(store: Rc<dyn Store>, options: OpenOptions, 
     let zone = HeaderZone::read(&*store, &header).await?;
     let backing = read_backing(&*store, &header).await?;
     let l1 = read_l1(&*store, &header).await?;
+    let data_file = data_file::read(&*store, &header).await?;
+    if data_file.as_ref().is_some_and(|file| file.raw) && backing.is_some() && !options.read_only && !options.for_check
+    {
+        let what = "its raw data file cannot have a backing file; open it read-only, or take the backing file away";
+        return Err(Error::new(ErrorKind::Corrupt, store.name(), None, what));
+    }
+    let payload = match &data_file {
+        Some(file) => data_file::open(&*store, file, options, surroundings).await?,
+        None => payload(&store, &header, surroundings.passphrase).await?,
+    };
     let unpinned = Rc::new(Event::new());
     let cluster = header.cluster_size();
     let length = store.size().next_multiple_of(cluster);
@@ -75,19 +98,54 @@ pub async fn open_with_table_memory(store: Rc<dyn Store>, options: OpenOptions, 
         commits: Commits::default(),
         kept: RefCell::default(),
         packing: RefCell::default(),
+        blank: header.crypt == 0,
         header: Cell::new(header),
+        payload,
+        data_file,
         store,
     });
-    if !options.read_only {
-        core.prepare_to_write().await?;
+    if let Some(snapshot) = surroundings.snapshot {
+        core.show_snapshot(snapshot).await?;
+    }
+    if !options.read_only
+        && let Err(error) = core.prepare_to_write(surroundings.no_guest).await
+    {
+        if core.has_data_file() {
+            let _ = core.payload.close().await;
+        }
+        return Err(error);
     }
     Ok(Rc::new(Qcow2Image { core }))
+}
+
+/// Where guests' data are. Of an encrypted image that nobody has unlocked, everything but them can be looked at.
+async fn payload(store: &Rc<dyn Store>, header: &Header, passphrase: Option<&[u8]>) -> Result<Rc<dyn Store>> {
+    if header.crypt == 0 {
+        return Ok(Rc::clone(store));
+    }
+    let place = encryption_header(&**store, header).await?;
+    let cipher = match passphrase {
+        Some(passphrase) => Some(luks::unlock(store, place.start(), passphrase).await?.cipher),
+        None => None,
+    };
+    // Sectors are numbered by where they are in the file.
+    Ok(CipherStore::new(Rc::clone(store), cipher, HostOffset::ZERO))
+}
+
+/// Where the header of the encryption is.
+pub(super) async fn encryption_header(store: &dyn Store, header: &Header) -> Result<HostRange> {
+    let start = u64::from(header.header_bytes);
+    let end = header.backing_name.map(|name| name.start().get()).filter(|end| *end > start);
+    let bytes = Iov::alloc((end.unwrap_or(header.cluster_size()) - start) as usize);
+    store.read(HostOffset(start), bytes.clone()).await?;
+    let found = Extensions::decode(&bytes.to_vec(), start).and_then(|extensions| extensions.encryption(header));
+    found.map_err(|error| header_error(store.name(), &error))
 }
 
 impl Core {
     /// What a writer must do before anything else: repair what was left dirty, clear features it does not keep up, find out
     /// what is free.
-    async fn prepare_to_write(self: &Rc<Self>) -> Result<()> {
+    async fn prepare_to_write(self: &Rc<Self>, no_guest: bool) -> Result<()> {
         let header = self.header.get();
         let table = self.read_refcount_table(&header).await?;
         *self.refcounts.borrow_mut() = Refcounts::new(table);
@@ -97,9 +155,18 @@ impl Core {
         if header.features.contains(Features::DIRTY) {
             self.recover().await?;
         }
-        let header = self.header.get();
-        let keeps_bitmaps = self.suspend_bitmaps().await?;
-        let autoclear_features = header.autoclear_features & if keeps_bitmaps { AUTOCLEAR_BITMAPS } else { 0 };
+        // What could not be read would count as free, and be written over.
+        let (header, length) = (self.header.get(), self.store.size().next_multiple_of(header.cluster_size()));
+        if header.refcount_table.get() + header.refcount_table_bytes() > length {
+            let what = "the refcount table lies past the end of the file; check and repair the image ('check -r all')";
+            return Err(self.health.error(ErrorKind::Corrupt, Some(header.refcount_table), what));
+        }
+        let keeps_bitmaps = no_guest || self.suspend_bitmaps().await?;
+        let mut kept = if keeps_bitmaps { AUTOCLEAR_BITMAPS } else { 0 };
+        if header.has_data_file() {
+            kept |= AUTOCLEAR_DATA_FILE_RAW;
+        }
+        let autoclear_features = header.autoclear_features & kept;
         if header.autoclear_features != autoclear_features {
             let mut zone = self.zone.lock().await;
             self.publish_header(&mut zone, Header { autoclear_features, ..header }).await?;

@@ -82,12 +82,17 @@ impl Core {
     /// See [`crate::Image::pack`].
     pub(super) async fn pack(self: &Rc<Self>, at: GuestOffset, bytes: Iov) -> Result<bool> {
         self.health.check_writable()?;
+        self.check_no_data_file("packed clusters")?;
         let cluster = self.cluster_size();
         if !at.is_aligned(cluster) || bytes.len() as u64 != cluster {
             let what = "only whole clusters are packed";
             return Err(self.health.error(ErrorKind::InvalidArgument, None, what));
         }
         self.health.check_range(at.range(cluster), self.size().next_multiple_of(cluster))?;
+        if self.header.get().crypt != 0 {
+            let what = "Compression and encryption not supported at the same time";
+            return Err(self.health.error(ErrorKind::Unsupported, None, what));
+        }
         let how = self.header.get().compression;
         let cluster_bytes = bytes.to_vec();
         let packed = ring::unblock(move || pack(how, &cluster_bytes)).await;

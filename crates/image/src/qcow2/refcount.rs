@@ -145,38 +145,50 @@ impl Core {
         }
     }
 
-    /// Counts one more reference to each cluster of `ranges`. In memory; [`Core::write_refcounts`] writes.
+    /// Counts one more reference to each cluster of `ranges`. In memory; [`Core::write_refcounts`] writes. Where one cannot be
+    /// counted, none is.
     pub(super) async fn count_up(&self, ranges: Vec<HostRange>) -> Result<()> {
-        self.change_refcounts(ranges, |old| old.checked_add(1)).await
+        self.change_refcounts(ranges, |old| old.checked_add(1), |new| new.saturating_sub(1)).await
     }
 
     /// Sets the refcount of each cluster of `ranges` to one value: repair.
     pub(super) async fn set_refcounts(&self, ranges: Vec<HostRange>, value: u64) -> Result<()> {
-        self.change_refcounts(ranges, |_| Some(value)).await
+        self.change_refcounts(ranges, |_| Some(value), |new| new).await
     }
 
-    async fn change_refcounts(&self, ranges: Vec<HostRange>, change: impl Fn(u64) -> Option<u64>) -> Result<()> {
+    /// Changes refcounts; where one would be larger than its bits hold, those before it are set to what `undo` makes of them.
+    async fn change_refcounts(
+        &self,
+        ranges: Vec<HostRange>,
+        change: impl Fn(u64) -> Option<u64>,
+        undo: impl Fn(u64) -> u64,
+    ) -> Result<()> {
         let header = self.header.get();
         let most = refcount::max(header.refcount_order);
         let made = self.make_blocks(&ranges).await?;
         // What new blocks need is counted up, whatever happens to the others.
-        let up: &dyn Fn(u64) -> Option<u64> = &|old| old.checked_add(1);
-        let all = ranges.into_iter().map(|range| (range, &change as &dyn Fn(u64) -> Option<u64>));
-        for (range, change) in all.chain(made.into_iter().map(|range| (range, up))) {
-            for cluster in numbers(range, &header) {
-                let old = self.refcount(cluster).await?;
-                let Some(new) = change(old).filter(|new| *new <= most) else {
-                    let what = format!(
-                        "a cluster has {old} references, and refcounts of {} bits hold no more; convert the image to one with \
-                         wider ones ('-o refcount_bits=64')",
-                        1 << header.refcount_order
-                    );
-                    let at = HostOffset(cluster << header.cluster_bits);
-                    return Err(self.health.error(ErrorKind::Unsupported, Some(at), what));
-                };
-                if new != old {
-                    self.put_refcount(cluster, new);
+        let up = |old: u64| old.checked_add(1);
+        for cluster in made.iter().flat_map(|range| numbers(*range, &header)) {
+            let old = self.refcount(cluster).await?;
+            self.put_refcount(cluster, up(old).unwrap_or(old));
+        }
+        for (done, cluster) in ranges.iter().flat_map(|range| numbers(*range, &header)).enumerate() {
+            let old = self.refcount(cluster).await?;
+            let Some(new) = change(old).filter(|new| *new <= most) else {
+                for cluster in ranges.iter().flat_map(|range| numbers(*range, &header)).take(done) {
+                    let new = self.refcount(cluster).await?;
+                    self.put_refcount(cluster, undo(new));
                 }
+                let what = format!(
+                    "a cluster has {old} references, and refcounts of {} bits hold no more; convert the image to one with \
+                     wider ones ('-o refcount_bits=64')",
+                    1 << header.refcount_order
+                );
+                let at = HostOffset(cluster << header.cluster_bits);
+                return Err(self.health.error(ErrorKind::Unsupported, Some(at), what));
+            };
+            if new != old {
+                self.put_refcount(cluster, new);
             }
         }
         Ok(())
@@ -353,6 +365,12 @@ impl Core {
                 add(first, (first + per_block).min(clusters));
                 continue;
             };
+            if at.get() + cluster > clusters * cluster {
+                let what = format!(
+                    "refcount block {number} lies past the end of the file; check and repair the image ('check -r all')"
+                );
+                return Err(self.health.error(ErrorKind::Corrupt, Some(at), what));
+            }
             let bytes = Iov::alloc(cluster as usize);
             self.store.read(at, bytes.clone()).await?;
             let bytes = bytes.to_vec();

@@ -6,7 +6,9 @@ use super::repair::Fixer;
 use crate::Result;
 use layout::qcow2::bitmap::{Bitmap, Bitmaps};
 use layout::qcow2::snapshot::{self, Snapshot};
-use layout::qcow2::{AUTOCLEAR_BITMAPS, COPIED, Extension, Extensions, Header, L1Entry, L2Entry, OFFSET, Slice};
+use layout::qcow2::{
+    AUTOCLEAR_BITMAPS, COPIED, Extension, Extensions, Header, L1_RESERVED, L1Entry, L2_RESERVED, L2Entry, OFFSET, Slice,
+};
 use layout::{HostOffset, HostRange};
 use ring::Iov;
 use std::rc::Rc;
@@ -122,6 +124,9 @@ impl Scan {
     ) -> Walk<Vec<(u64, HostOffset)>> {
         let mut tables = Vec::new();
         for (index, raw) in l1.iter().enumerate() {
+            if raw & L1_RESERVED != 0 {
+                self.corrupt(format!("found L1 entry with reserved bits set: {raw:x}"));
+            }
             let at = match L1Entry::decode(*raw, header) {
                 Ok(L1Entry::Unallocated) => continue,
                 Ok(L1Entry::Table(at)) => at,
@@ -206,6 +211,9 @@ impl Scan {
                 Ok(entry) => self.count_entry(entry, raw, header, owner)?,
                 Err(why) => Some(Flaw::Broken(why.to_string())),
             };
+            if flaw.is_none() && raw & L2_RESERVED != 0 && !is_packed(raw) {
+                self.corrupt(format!("found L2 entry with reserved bits set: {raw:x}"));
+            }
             let Some(flaw) = flaw else { continue };
             let what = format!("L2 entry for guest offset {guest:#x}: {}", flaw.what());
             match (&flaw, fixer.as_deref_mut()) {
@@ -228,6 +236,9 @@ impl Scan {
 
     /// Counts plain clusters that lie one behind the other, if nothing is wrong with any of them.
     fn count_run(&mut self, raw: u64, run: u64, header: &Header, owner: Owner) -> Walk<bool> {
+        if header.has_data_file() {
+            return Ok(false);
+        }
         let at = raw & OFFSET;
         let first = at >> header.cluster_bits;
         let sound = at != 0 && at.is_multiple_of(header.cluster_size()) && first + run <= self.clusters;
@@ -247,6 +258,8 @@ impl Scan {
     fn count_entry(&mut self, entry: L2Entry, raw: u64, header: &Header, owner: Owner) -> Walk<Option<Flaw>> {
         let range = L2Entry::referred(raw, header);
         if range.is_empty() {
+            let outside = header.has_data_file() && raw & OFFSET | raw & COPIED != 0;
+            self.report.allocated_clusters += u64::from(outside && owner == Owner::Active);
             return Ok(None);
         }
         let clusters = range.start().get() >> header.cluster_bits..range.end().get() >> header.cluster_bits;
@@ -282,11 +295,15 @@ impl Scan {
     }
 }
 
+fn is_packed(raw: u64) -> bool {
+    raw & 1 << 62 != 0
+}
+
 /// How many entries, the first included, are for plain clusters that lie one behind the other.
 pub(super) fn plain_run(entries: &[u64], words: usize, cluster: u64) -> usize {
-    const COMPRESSED_OR_ZERO: u64 = 1 << 62 | 1;
+    const ODD: u64 = 1 << 62 | 1 | L2_RESERVED;
     let first = entries[0];
-    if first & COMPRESSED_OR_ZERO != 0 || words == 2 && entries[1] != u64::from(u32::MAX) {
+    if first & ODD != 0 || words == 2 && entries[1] != u64::from(u32::MAX) {
         return 0;
     }
     let alike = |(n, entry): &(usize, &[u64])| {

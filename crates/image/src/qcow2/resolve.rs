@@ -192,7 +192,10 @@ impl Core {
         let first_cluster = (raw & OFFSET) >> header.cluster_bits;
         let on_metadata = |len: u64| -> Result<()> {
             let clusters = first_cluster..first_cluster + (inside + len).div_ceil(cluster);
-            if self.health.read_only() || self.metadata.borrow().range(clusters).next().is_none() {
+            if header.has_data_file()
+                || self.health.read_only()
+                || self.metadata.borrow().range(clusters).next().is_none()
+            {
                 return Ok(());
             }
             let what = format!(
@@ -201,7 +204,20 @@ impl Core {
             );
             Err(self.health.corrupt(slice_at + first as u64 * 8, what))
         };
-        let stored = |host: HostOffset| if is_own(raw) { Mapping::Data(host) } else { Mapping::Shared(host) };
+        if header.has_data_file()
+            && let L2Entry::Data(host) | L2Entry::ZeroAllocated(host) | L2Entry::Subclusters(host, _) = entry
+            && (is_own(raw) || host.get() != 0)
+            && host.get() != range.start().align_down(cluster).get()
+        {
+            let what = format!(
+                "L2 entry for guest offset {}: its cluster is elsewhere in the data file ({host}); check and repair the image",
+                range.start().get()
+            );
+            return Err(self.health.corrupt(slice_at + first as u64 * 8, what));
+        }
+        // Nobody else refers to what lies in a data file.
+        let own = is_own(raw) || header.has_data_file();
+        let stored = |host: HostOffset| if own { Mapping::Data(host) } else { Mapping::Shared(host) };
         // How many entries in a row, this one included, are as `alike` says of their distance.
         let run = |alike: &dyn Fn(u64, u64) -> bool| {
             let most = (inside + range.len()).div_ceil(cluster) as usize;

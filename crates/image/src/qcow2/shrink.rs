@@ -17,10 +17,14 @@ impl Core {
         self.commit().await?;
         let mut zone = self.zone.lock().await;
         let header = self.header.get();
-        self.publish_header(&mut zone, Header { size, ..header }).await?;
+        let smaller = Header { size, ..header };
+        if !self.resize_bitmaps(&mut zone, smaller).await? {
+            self.publish_header(&mut zone, smaller).await?;
+        }
         drop(zone);
         self.unlink_from(GuestOffset(size).align_up(header.cluster_size())).await?;
-        self.settle().await
+        self.settle().await?;
+        self.shorten_data_file(size).await
     }
 
     /// See [`crate::Image::empty`].

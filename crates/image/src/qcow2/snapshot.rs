@@ -30,7 +30,7 @@ impl Ranges {
     }
 }
 
-fn bytes_of(entries: &[u64]) -> Iov {
+pub(super) fn bytes_of(entries: &[u64]) -> Iov {
     Iov::from_slice(&entries.iter().flat_map(|entry| entry.to_be_bytes()).collect::<Vec<u8>>())
 }
 
@@ -54,6 +54,7 @@ impl Core {
     /// See [`crate::Image::snapshot`].
     pub(super) async fn snapshot(self: &Rc<Self>, action: SnapshotAction) -> Result<()> {
         self.health.check_writable()?;
+        self.check_no_data_file("internal snapshots")?;
         if self.active.get() > 0 {
             let what = "the image is being written to; take snapshots of it when it is idle";
             return Err(self.health.error(ErrorKind::Busy, None, what));
@@ -78,6 +79,11 @@ impl Core {
             SnapshotAction::Apply(_) => self.apply_snapshot(&mut zone, &all[found]).await,
             SnapshotAction::Delete(_) => self.delete_snapshot(&mut zone, all, found).await,
         };
+        if done.as_ref().is_err_and(|error| error.kind() == ErrorKind::Unsupported) {
+            // What cannot be counted was told before anything was changed.
+            self.mark_dirty(&mut zone, false).await?;
+            return done;
+        }
         // For want of space nothing was changed but counts, which the mark sees to.
         done.map_err(|error| if error.is_no_space() { error } else { self.health.fail(error) })?;
         self.health.barrier().await?;
@@ -133,7 +139,7 @@ impl Core {
     }
 
     /// Takes room for `bytes` of tables, counted.
-    async fn room_for(&self, bytes: u64) -> Result<HostRange> {
+    pub(super) async fn room_for(&self, bytes: u64) -> Result<HostRange> {
         if bytes == 0 {
             return Ok(HostRange::default());
         }
@@ -228,7 +234,11 @@ impl Core {
         let old_l1 = self.header.get().l1_range().align_outward(header.cluster_size());
         let l1_entries = entries.len() as u32;
         let header = Header { size, l1_entries, l1_table: place.start(), ..self.header.get() };
-        self.publish_header(zone, header).await?;
+        // A bitmap of another size would keep the image from being opened.
+        let resized = size != self.size() && self.resize_bitmaps(zone, header).await?;
+        if !resized {
+            self.publish_header(zone, header).await?;
+        }
         self.count_down(unused).await?;
         self.count_down(vec![old_l1]).await?;
         self.write_refcounts(zone).await
@@ -254,7 +264,7 @@ impl Core {
         self.set_flags(&self.active_l1(), |count| count == 1).await
     }
 
-    async fn snapshot_l1(&self, snapshot: &Snapshot) -> Result<Vec<u64>> {
+    pub(super) async fn snapshot_l1(&self, snapshot: &Snapshot) -> Result<Vec<u64>> {
         let Some(range) = snapshot.l1_range(&self.header.get()) else {
             let what = format!("snapshot '{}' has no place for its tables; check the image", snapshot.name);
             return Err(self.health.error(ErrorKind::Corrupt, Some(snapshot.l1_table), what));

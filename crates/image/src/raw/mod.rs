@@ -11,14 +11,14 @@ mod create;
 mod open;
 
 pub(crate) use create::{create, validate};
-pub(crate) use open::open;
+pub(crate) use open::{open, open_as};
 
 use crate::create::Preallocation;
 use crate::{
     BackingRef, CheckReport, Error, ErrorKind, Format, Image, ImageFuture, ImageInfo, Mapped, Mapping, Purpose, Repair,
     Reservation, Result,
 };
-use layout::{GuestRange, HostOffset, HostRange};
+use layout::{GuestOffset, GuestRange, HostOffset, HostRange};
 use ring::Iov;
 use std::cell::{Cell, RefCell};
 use std::rc::Rc;
@@ -35,6 +35,8 @@ pub(crate) struct RawImage {
     store: Rc<dyn Store>,
     read_only: bool,
     size: Cell<u64>,
+    /// What the bytes lie in.
+    format: Format,
     poison: RefCell<Option<Error>>,
 }
 
@@ -72,7 +74,7 @@ impl RawImage {
 
 impl Image for RawImage {
     fn format(&self) -> Format {
-        Format::Raw
+        self.format
     }
 
     fn store(&self) -> &Rc<dyn Store> {
@@ -142,10 +144,10 @@ impl Image for RawImage {
         self.commit()
     }
 
-    fn preallocate(&self, how: Preallocation) -> ImageFuture<'_, ()> {
+    fn preallocate(&self, from: GuestOffset, how: Preallocation) -> ImageFuture<'_, ()> {
         Box::pin(async move {
             self.check_writable()?;
-            let all = HostOffset::ZERO.range(self.size.get());
+            let all = HostRange::between(HostOffset(from.get()), HostOffset(self.size.get()));
             match how {
                 Preallocation::Off => return Ok(()),
                 Preallocation::Metadata => {

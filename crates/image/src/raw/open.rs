@@ -1,13 +1,18 @@
 //! Opening: a length is all there is to know.
 
 use super::{MAX_SIZE, RawImage, SECTOR};
-use crate::{Error, ErrorKind, Image, OpenOptions, Result};
+use crate::{Error, ErrorKind, Format, Image, OpenOptions, Result};
 use std::cell::{Cell, RefCell};
 use std::rc::Rc;
 use store::Store;
 
 /// Opens the raw image in `store`.
 pub(crate) fn open(store: Rc<dyn Store>, options: OpenOptions) -> Result<Rc<dyn Image>> {
+    open_as(store, options, Format::Raw)
+}
+
+/// The same, of bytes that are what another format holds.
+pub(crate) fn open_as(store: Rc<dyn Store>, options: OpenOptions, format: Format) -> Result<Rc<dyn Image>> {
     if store.limits().read_only && !options.read_only {
         let what = "it cannot be written to; open it read-only";
         return Err(Error::new(ErrorKind::ReadOnly, store.name(), None, what));
@@ -19,5 +24,6 @@ pub(crate) fn open(store: Rc<dyn Store>, options: OpenOptions) -> Result<Rc<dyn 
         Some(size) if size <= MAX_SIZE => store.size() / SECTOR * SECTOR,
         _ => MAX_SIZE,
     };
-    Ok(Rc::new(RawImage { store, read_only: options.read_only, size: Cell::new(size), poison: RefCell::new(None) }))
+    let (read_only, size) = (options.read_only, Cell::new(size));
+    Ok(Rc::new(RawImage { store, read_only, size, format, poison: RefCell::new(None) }))
 }

@@ -334,7 +334,7 @@ fn what_was_flushed_survives_any_cut() {
 // Single acts, cut at every operation
 
 /// Runs `act` on what `start` holds; looks at states of a cut before every operation of it, and after the last.
-async fn cut_everywhere(
+pub(crate) async fn cut_everywhere(
     start: Snapshot,
     states: usize,
     act: impl AsyncFn(Rc<FaultStore>),

@@ -25,6 +25,8 @@ async fn sound() -> Rc<MemoryStore> {
         cluster_size: Some(4096),
         table_size: Some(1),
         qcow2: image::qcow2::Options::default(),
+        passphrase: None,
+        iteration_time: None,
     };
     image::create::create(store.clone(), &options).await.unwrap();
     let guest = Guest::new(open(&store).await.unwrap(), &[]);

@@ -4,11 +4,14 @@
 extern crate headwater_image as image;
 
 mod basics;
+mod bitmaps;
 mod crash;
+mod data_file;
 mod faults;
 mod files;
 mod guest;
 mod hostile;
+mod luks;
 mod masters;
 mod model;
 mod mutation;

@@ -35,6 +35,8 @@ fn bases() -> Vec<Vec<u8>> {
                 cluster_size: Some(4096),
                 table_size: Some(1 + u32::from(kind == 1)),
                 qcow2: image::qcow2::Options::default(),
+                passphrase: None,
+                iteration_time: None,
             };
             image::create::create(store.clone(), &options).await.unwrap();
             let guest = Guest::new(image::open(store.clone(), Format::Qed, OpenOptions::default()).await.unwrap(), &[]);

@@ -35,7 +35,7 @@ impl Companions for Index {
 async fn open_beside(bytes: &[u8], companions: &dyn Companions) -> Result<Rc<dyn Image>> {
     let store = MemoryStore::from_bytes("dir/ours", bytes).read_only();
     let format = image::probe::probe(&*store).await?;
-    image::open_in(store, format, READ_ONLY, Surroundings { companions, passphrase: None }).await
+    image::open_in(store, format, READ_ONLY, Surroundings { companions, ..Surroundings::default() }).await
 }
 
 async fn open(bytes: &[u8]) -> Result<Rc<dyn Image>> {
@@ -202,7 +202,7 @@ fn an_index_beside_a_file_is_used_if_it_is_its() {
             let trace = Trace::keeping(0);
             let store = TraceStore::new(MemoryStore::from_bytes("dir/ours", &file), trace.clone());
             let beside = Index(index);
-            let surroundings = Surroundings { companions: &beside, passphrase: None };
+            let surroundings = Surroundings { companions: &beside, ..Surroundings::default() };
             let image = image::open_in(store, Format::Gzip, READ_ONLY, surroundings).await.unwrap();
             // One for the header, one to look into it, one or two for each block that is not in the index.
             let walked = (index_len(&index_full(&bytes)) - cut as u64 / 16) + 1;

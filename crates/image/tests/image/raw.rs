@@ -83,6 +83,8 @@ fn creating_gives_a_length_and_refuses_what_raw_has_not() {
             cluster_size: None,
             table_size: None,
             qcow2: image::qcow2::Options::default(),
+            passphrase: None,
+            iteration_time: None,
         };
         image::create::create(store.clone(), &plain).await.unwrap();
         assert_eq!(store.to_vec(), vec![0; 1024]);

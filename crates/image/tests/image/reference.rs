@@ -102,6 +102,8 @@ fn new_images_equal_the_reference_tools_byte_for_byte() {
                 cluster_size: Some(cluster),
                 table_size: Some(table),
                 qcow2: image::qcow2::Options::default(),
+                passphrase: None,
+                iteration_time: None,
             };
             image::create::create(store.clone(), &options).await.unwrap();
             store.to_vec()

@@ -63,6 +63,8 @@ impl Subject {
             cluster_size: self.cluster_size,
             table_size: self.table_size,
             qcow2: self.qcow2,
+            passphrase: None,
+            iteration_time: None,
         }
     }
 

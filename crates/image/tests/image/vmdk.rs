@@ -46,7 +46,7 @@ impl Folder {
 
     async fn open(&self, name: &str) -> Result<Rc<dyn Image>> {
         let store = MemoryStore::from_bytes(name, &self.files[name]).read_only();
-        image::open_in(store, Format::Vmdk, READ_ONLY, Surroundings { companions: self, passphrase: None }).await
+        image::open_in(store, Format::Vmdk, READ_ONLY, Surroundings { companions: self, ..Surroundings::default() }).await
     }
 }
 
@@ -165,7 +165,7 @@ fn extents_meet_at_their_borders() {
             let options = OpenOptions { read_only: true, ..OpenOptions::default() };
             let store = FileStore::open(&path.join("big.vmdk"), options).await.unwrap();
             let beside = Beside(path.to_owned());
-            let surroundings = Surroundings { companions: &beside, passphrase: None };
+            let surroundings = Surroundings { companions: &beside, ..Surroundings::default() };
             let image = image::open_in(store, Format::Vmdk, READ_ONLY, surroundings).await.unwrap();
             let guest = Guest::new(image, &[]);
             assert_eq!(guest.image.size(), 5 << 30);

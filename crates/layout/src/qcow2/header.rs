@@ -19,6 +19,9 @@ pub(super) const MAX_L1_BYTES: u64 = 32 << 20;
 /// Largest refcount table, bytes; as QEMU has it.
 const MAX_REFCOUNT_TABLE_BYTES: u64 = 8 << 20;
 
+/// Longest header of an encryption, bytes: eight split keys, and alignment.
+const MAX_ENCRYPTION_BYTES: u64 = 16 << 20;
+
 /// Most internal snapshots; as QEMU has it.
 const MAX_SNAPSHOTS: u32 = 65536;
 
@@ -41,6 +44,9 @@ bitflags::bitflags! {
         const EXTENDED_L2 = 0x10;
     }
 }
+
+/// Encrypted by LUKS.
+pub const CRYPT_LUKS: u32 = 2;
 
 /// Autoclear feature: the bitmaps extension is consistent with the image.
 pub const AUTOCLEAR_BITMAPS: u64 = 1;
@@ -94,6 +100,8 @@ pub struct Header {
     pub autoclear_features: u64,
     /// How clusters are packed.
     pub compression: Compression,
+    /// Clusters of guests' data are encrypted: 0 not, 2 by LUKS.
+    pub crypt: u32,
     /// Bytes of the header; extensions follow.
     pub header_bytes: u32,
 }
@@ -137,8 +145,8 @@ impl Header {
             return fail(ErrorKind::Invalid, "cluster_bits", 20, cluster_bits.into(), why);
         }
         let crypt = u32_at(bytes, 32);
-        if crypt != 0 {
-            let why = "encrypted images are not supported; decrypt it with 'qemu-img convert'";
+        if crypt != 0 && crypt != CRYPT_LUKS {
+            let why = "only LUKS is supported; decrypt it with 'qemu-img convert'";
             return fail(ErrorKind::Unsupported, "crypt_method", 32, crypt.into(), why);
         }
         let header_bytes = if version == 3 { u32_at(bytes, 100) } else { V2_BYTES as u32 };
@@ -178,6 +186,7 @@ impl Header {
             compatible_features: if version == 3 { u64_at(bytes, 80) } else { 0 },
             autoclear_features: if version == 3 { u64_at(bytes, 88) } else { 0 },
             compression,
+            crypt,
             header_bytes,
         };
         header.check()?;
@@ -205,7 +214,7 @@ impl Header {
             return fail("refcount_table_clusters", 56, self.refcount_table_clusters.into(), why);
         }
         let at = self.refcount_table.get();
-        if !self.refcount_table.is_aligned(self.cluster_size()) || at.checked_add(MAX_REFCOUNT_TABLE_BYTES).is_none() {
+        if !self.refcount_table.is_aligned(self.cluster_size()) || at > i64::MAX as u64 - MAX_REFCOUNT_TABLE_BYTES {
             return fail("refcount_table_offset", 48, at, "no place for a table");
         }
         if self.snapshots > MAX_SNAPSHOTS {
@@ -231,7 +240,7 @@ impl Header {
         put(16, &self.backing_name.map_or(0, |name| name.len() as u32).to_be_bytes());
         put(20, &self.cluster_bits.to_be_bytes());
         put(24, &self.size.to_be_bytes());
-        put(32, &0_u32.to_be_bytes());
+        put(32, &self.crypt.to_be_bytes());
         put(36, &self.l1_entries.to_be_bytes());
         put(40, &self.l1_table.get().to_be_bytes());
         put(48, &self.refcount_table.get().to_be_bytes());
@@ -290,6 +299,16 @@ impl Header {
         Ok(())
     }
 
+    /// Guest data are in a file of their own, every cluster where the guest sees it.
+    pub fn has_data_file(&self) -> bool {
+        self.features.contains(Features::EXTERNAL_DATA)
+    }
+
+    /// That file is a raw image by itself, at any time.
+    pub fn data_file_is_raw(&self) -> bool {
+        self.has_data_file() && self.autoclear_features & AUTOCLEAR_DATA_FILE_RAW != 0
+    }
+
     /// Bytes in a cluster.
     pub fn cluster_size(&self) -> u64 {
         1 << self.cluster_bits
@@ -343,8 +362,12 @@ impl Extension {
     pub const BACKING_FORMAT: u32 = 0xe279_2aca;
     /// Names of feature bits, for messages.
     pub const FEATURE_NAMES: u32 = 0x6803_f857;
+    /// The name of the data file.
+    pub const DATA_FILE: u32 = 0x4441_5441;
     /// Where bitmaps are.
     pub const BITMAPS: u32 = 0x2385_2875;
+    /// Where the header of the encryption is: offset and length, 64 bits each.
+    pub const ENCRYPTION: u32 = 0x0537_be77;
 
     /// Its bytes, padded.
     pub fn encode(&self) -> Vec<u8> {
@@ -393,6 +416,22 @@ impl Extensions {
         self.get(Extension::BACKING_FORMAT).map(|name| String::from_utf8_lossy(name).into_owned())
     }
 
+    /// Where the header of the encryption is, in whole clusters.
+    pub fn encryption(&self, header: &Header) -> Result<HostRange, Error> {
+        let fail = |value, why: &'static str| Err(Error::new(ErrorKind::Invalid, "encryption header", 0, value, why));
+        let Some(data) = self.get(Extension::ENCRYPTION) else {
+            return fail(0, "it is encrypted, and does not say how");
+        };
+        let number = |at: usize| data.get(at..at + 8).and_then(|b| b.try_into().ok()).map_or(0, u64::from_be_bytes);
+        let (at, len) = (number(0), number(8));
+        let end = at.checked_add(len).filter(|end| i64::try_from(*end).is_ok());
+        if data.len() < 16 || at == 0 || at % header.cluster_size() != 0 || end.is_none() || len > MAX_ENCRYPTION_BYTES
+        {
+            return fail(at, "no place for it");
+        }
+        Ok(HostOffset(at).range(len))
+    }
+
     /// Their bytes, with the end that closes them.
     pub fn encode(&self) -> Vec<u8> {
         let mut bytes: Vec<u8> = self.all.iter().flat_map(Extension::encode).collect();
@@ -438,7 +477,7 @@ mod tests {
             (20, &8_u32.to_be_bytes(), "cluster_bits"),
             (20, &22_u32.to_be_bytes(), "cluster_bits"),
             (24, &u64::MAX.to_be_bytes(), "size"),
-            (32, &2_u32.to_be_bytes(), "crypt_method"),
+            (32, &1_u32.to_be_bytes(), "crypt_method"),
             (36, &1_u32.to_be_bytes(), "l1_size"),
             (36, &u32::MAX.to_be_bytes(), "l1_size"),
             (40, &0x30001_u64.to_be_bytes(), "l1_table_offset"),

@@ -17,7 +17,9 @@ pub mod table;
 
 pub use crate::field::{Error, ErrorKind};
 pub use header::{
-    AUTOCLEAR_BITMAPS, COMPATIBLE_LAZY_REFCOUNTS, Compression, Extension, Extensions, Features, Header, MAGIC,
-    MAX_BACKING_NAME,
+    AUTOCLEAR_BITMAPS, AUTOCLEAR_DATA_FILE_RAW, COMPATIBLE_LAZY_REFCOUNTS, CRYPT_LUKS, Compression, Extension,
+    Extensions, Features, Header, MAGIC, MAX_BACKING_NAME,
 };
-pub use table::{COPIED, EntryError, L1Entry, L2Entry, OFFSET, Packed, Slice, SubclusterMap, is_own};
+pub use table::{
+    COPIED, EntryError, L1_RESERVED, L1Entry, L2_RESERVED, L2Entry, OFFSET, Packed, Slice, SubclusterMap, is_own,
+};

@@ -7,6 +7,12 @@ use crate::{HostOffset, HostRange};
 
 /// Bits of an entry that hold an offset into the file.
 pub const OFFSET: u64 = 0x00ff_ffff_ffff_fe00;
+
+/// Bits of an L1 entry that mean nothing, and are 0.
+pub const L1_RESERVED: u64 = 0x7f00_0000_0000_01ff;
+
+/// Bits of an L2 entry, of a cluster that is not packed, that mean nothing, and are 0.
+pub const L2_RESERVED: u64 = 0x3f00_0000_0000_01fe;
 /// The table or cluster is referred to by this entry alone: it may be changed where it is.
 pub const COPIED: u64 = 1 << 63;
 /// The cluster is packed.
@@ -23,6 +29,9 @@ pub enum EntryError {
     /// A subcluster is said to be both allocated and zero, or a packed cluster to have subclusters.
     #[error("the subclusters of entry {0:#x} contradict each other")]
     Subclusters(u64),
+    /// A packed cluster in an image whose data are in a file of their own.
+    #[error("entry {0:#x} is of a packed cluster, and none can be in a data file")]
+    PackedOutside(u64),
 }
 
 /// What an L1 entry says.
@@ -112,9 +121,13 @@ impl L2Entry {
         }
     }
 
-    /// The clusters that an entry holds a reference to, whatever it says of them. Not checked.
+    /// The clusters that an entry holds a reference to, whatever it says of them. Not checked. What lies in a data file is not
+    /// counted.
     pub fn referred(raw: u64, header: &Header) -> HostRange {
         let cluster = header.cluster_size();
+        if header.has_data_file() {
+            return HostRange::default();
+        }
         if raw & COMPRESSED != 0 {
             let Ok(Self::Packed(packed)) = Self::decode(raw, 0, header) else { return HostRange::default() };
             return packed.clusters(cluster);
@@ -128,7 +141,12 @@ impl L2Entry {
     /// Of an image with this header; `extended` is the second half of an entry with subclusters.
     pub fn decode(raw: u64, extended: u64, header: &Header) -> Result<Self, EntryError> {
         let has_subclusters = header.l2_entry_bytes() == 16;
+        // The first cluster of a data file is at 0: there, the flag tells a place from none.
+        let placed = raw & OFFSET != 0 || header.has_data_file() && raw & COPIED != 0;
         if raw & COMPRESSED != 0 {
+            if header.has_data_file() {
+                return Err(EntryError::PackedOutside(raw));
+            }
             if has_subclusters && extended != 0 {
                 return Err(EntryError::Subclusters(raw));
             }
@@ -144,7 +162,7 @@ impl L2Entry {
         }
         if has_subclusters {
             let map = SubclusterMap { stored: extended as u32, zero: (extended >> 32) as u32 };
-            if map.stored & map.zero != 0 || at == 0 && map.stored != 0 {
+            if map.stored & map.zero != 0 || !placed && map.stored != 0 {
                 return Err(EntryError::Subclusters(raw));
             }
             return Ok(match (map.stored, map.zero) {
@@ -155,7 +173,7 @@ impl L2Entry {
         Ok(match (header.version > 2 && raw & ZERO != 0, at) {
             (true, 0) => Self::Zero,
             (true, at) => Self::ZeroAllocated(HostOffset(at)),
-            (false, 0) => Self::Unallocated,
+            (false, _) if !placed => Self::Unallocated,
             (false, at) => Self::Data(HostOffset(at)),
         })
     }
@@ -226,6 +244,7 @@ mod tests {
             compatible_features: 0,
             autoclear_features: 0,
             compression: Compression::Deflate,
+            crypt: 0,
             header_bytes: 112,
         }
     }
@@ -275,6 +294,19 @@ mod tests {
             assert_eq!(of(raw, map), Err(EntryError::Subclusters(raw)));
         }
         assert_eq!(of(0, 1 << 63), Ok(L2Entry::Subclusters(HostOffset(0), SubclusterMap { stored: 0, zero: 1 << 31 })));
+    }
+
+    #[test]
+    fn the_first_cluster_of_a_data_file_is_a_place() {
+        let outside = header(3, Features::EXTERNAL_DATA);
+        assert_eq!(L2Entry::decode(COPIED, 0, &outside), Ok(L2Entry::Data(HostOffset(0))));
+        assert_eq!(L2Entry::decode(0, 0, &outside), Ok(L2Entry::Unallocated));
+        assert_eq!(L2Entry::decode(COPIED, 0, &header(3, Features::empty())), Ok(L2Entry::Unallocated));
+        assert_eq!(L2Entry::decode(COMPRESSED | 512, 0, &outside), Err(EntryError::PackedOutside(COMPRESSED | 512)));
+        assert!(L2Entry::referred(COPIED | 0x50000, &outside).is_empty());
+        let extended = header(3, Features::EXTERNAL_DATA | Features::EXTENDED_L2);
+        assert!(matches!(L2Entry::decode(COPIED, 1, &extended), Ok(L2Entry::Subclusters(HostOffset(0), _))));
+        assert!(L2Entry::decode(0, 1, &extended).is_err());
     }
 
     #[test]

@@ -254,6 +254,10 @@ impl Store for FileStore {
         &self.name
     }
 
+    fn protocol(&self) -> &'static str {
+        if self.block_device { "host_device" } else { "file" }
+    }
+
     fn size(&self) -> u64 {
         self.size.get()
     }

@@ -1,25 +1,25 @@
 //! `headwater nbd`, which is also what the program is when it is called `qemu-nbd`: one disk at one address, until its clients have
 //! left.
 
+mod list;
+
 use crate::exit::{Exit, Outcome};
-use crate::images::format_named;
-use crate::tool;
+use crate::images::{self, Look, Naming};
+use crate::{background, tool};
 use control::{CacheMode, DiskSpec, Engine, EngineConfig};
+use disk::chain::Opener;
 use export::nbd::Address;
 use image::create::CreateOptions;
 use image::{BackingRef, Format};
-use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
-use std::time::{Duration, Instant};
+use std::path::PathBuf;
 use store::ailing::Ailments;
 use tokio::signal::unix::{SignalKind, signal};
-
-/// How long a daemon may take to stand.
-const PATIENCE: Duration = Duration::from_secs(30);
 
 #[derive(clap::Args)]
 #[expect(clippy::struct_excessive_bools, reason = "a command line is made of switches")]
 pub(crate) struct Args {
+    #[command(flatten)]
+    naming: Naming,
     /// Port to listen on
     #[arg(short, long, value_name = "PORT", default_value_t = 10809)]
     port: u16,
@@ -41,6 +41,9 @@ pub(crate) struct Args {
     /// What is written goes to a temporary file and is lost at the end
     #[arg(short, long)]
     snapshot: bool,
+    /// The disk as it was in this internal snapshot: its id, its name, or snapshot.id=ID,snapshot.name=NAME
+    #[arg(short, long, value_name = "SNAPSHOT")]
+    load_snapshot: Option<String>,
     /// Past the page cache
     #[arg(short, long)]
     nocache: bool,
@@ -68,26 +71,48 @@ pub(crate) struct Args {
     /// Write the process's number into this file
     #[arg(long, value_name = "PATH")]
     pid_file: Option<PathBuf>,
+    /// Say what a server offers, instead of serving
+    #[arg(short = 'L', long)]
+    list: bool,
+    /// What clients are told of the export
+    #[arg(short = 'D', long, value_name = "TEXT")]
+    description: Option<String>,
     /// The image
-    file: String,
+    file: Option<String>,
 }
 
 pub(crate) fn run(args: &Args) -> Outcome {
     let _ = (args.shared, &args.aio, &args.discard, args.verbose);
-    let format = args.format.as_deref().map(format_named).transpose()?;
+    if args.list {
+        if args.file.is_some() {
+            return Err("List mode is incompatible with a file name".into());
+        }
+        return list::run(args);
+    }
+    let Some(file) = &args.file else {
+        return Err(format!("No image file was named; see '{} --help'", tool::name()));
+    };
+    if args.snapshot && args.load_snapshot.is_some() {
+        return Err("-s writes over the present state, so it does not go with -l".into());
+    }
+    let look = args.naming.look(args.format.as_deref())?;
+    let format = look.format;
+    let named = args.naming.name(file)?;
     let cache = if args.nocache { Some(CacheMode::None) } else { CacheMode::from_name(&args.cache) };
     let cache = cache.ok_or_else(|| format!("Invalid cache mode '{}'", args.cache))?;
     if args.fork {
-        return go_into_the_background(args);
+        return background::start("--fork", "--pid-file", args.pid_file.as_deref(), "nbd");
     }
-    let temporary = if args.snapshot { Some(overlay(&args.file, format)?) } else { None };
-    let file = temporary.as_ref().map_or_else(|| args.file.clone(), |(_, file)| file.clone());
+    let temporary = if args.snapshot { Some(overlay(&named, &look)?) } else { None };
+    let file = temporary.as_ref().map_or_else(|| named.clone(), |(_, file)| file.clone());
     let spec = DiskSpec {
         name: args.export_name.clone(),
         file,
         format: if args.snapshot { Some(Format::Qcow2) } else { format },
         cache,
-        read_only: args.read_only,
+        description: args.description.clone(),
+        read_only: args.read_only || args.load_snapshot.is_some(),
+        snapshot: args.load_snapshot.clone(),
         copy_on_read: false,
         source: Ailments::default(),
     };
@@ -106,7 +131,11 @@ async fn serve(args: &Args, spec: DiskSpec, address: Address) -> Result<(), Stri
     for kind in [SignalKind::interrupt(), SignalKind::terminate(), SignalKind::hangup()] {
         ends.push(signal(kind).map_err(|error| format!("could not watch for signals: {error}"))?);
     }
-    let engine = Engine::start(&EngineConfig { shards: 1, ..EngineConfig::default() });
+    let engine = Engine::start(&EngineConfig {
+        shards: 1,
+        objects: args.naming.object_texts().to_vec(),
+        ..EngineConfig::default()
+    });
     let engine = engine.map_err(|error| format!("could not start: {error}"))?;
     let name = spec.name.clone();
     let started = async {
@@ -120,6 +149,7 @@ async fn serve(args: &Args, spec: DiskSpec, address: Address) -> Result<(), Stri
     };
     let started = started.await;
     if started.is_ok() {
+        background::stands();
         let signalled = futures_util::future::select_all(ends.iter_mut().map(|end| Box::pin(end.recv())));
         let left = async {
             if args.persistent {
@@ -146,49 +176,16 @@ async fn serve(args: &Args, spec: DiskSpec, address: Address) -> Result<(), Stri
     started.and(ended)
 }
 
-/// Starts the same once more, detached, and waits until it stands.
-fn go_into_the_background(args: &Args) -> Outcome {
-    let dir = tempfile::tempdir().map_err(|error| error.to_string())?;
-    let pid_file = args.pid_file.clone().unwrap_or_else(|| dir.path().join("pid"));
-    let mut words: Vec<std::ffi::OsString> = std::env::args_os().skip(1).filter(|word| word != "--fork").collect();
-    if args.pid_file.is_none() {
-        let at = usize::from(words.first().is_some_and(|word| word == "nbd"));
-        words.insert(at, pid_file.clone().into());
-        words.insert(at, "--pid-file".into());
-    }
-    let _ = std::fs::remove_file(&pid_file);
-    let program = std::env::current_exe().map_err(|error| error.to_string())?;
-    let mut command = Command::new(program);
-    std::os::unix::process::CommandExt::arg0(&mut command, std::env::args_os().next().unwrap_or_default());
-    std::os::unix::process::CommandExt::process_group(&mut command, 0);
-    let child = command.args(words).stdin(Stdio::null()).stdout(Stdio::null()).spawn();
-    let mut child = child.map_err(|error| format!("could not start: {error}"))?;
-    let began = Instant::now();
-    while began.elapsed() < PATIENCE {
-        if std::fs::read_to_string(&pid_file).is_ok_and(|text| text.ends_with('\n')) {
-            return Ok(Exit::Ok);
-        }
-        if child.try_wait().map_err(|error| error.to_string())?.is_some() {
-            // It said why itself.
-            return Ok(Exit::Failed);
-        }
-        std::thread::sleep(Duration::from_millis(10));
-    }
-    tool::complain("the server does not stand yet; it is left running");
-    Ok(Exit::Failed)
-}
-
 /// An empty image over `file`, which goes away with the folder.
-fn overlay(file: &str, format: Option<Format>) -> Result<(tempfile::TempDir, String), String> {
+pub(crate) fn overlay(file: &str, look: &Look) -> Result<(tempfile::TempDir, String), String> {
     let dir = tempfile::tempdir().map_err(|error| error.to_string())?;
     let place = dir.path().join("snapshot.qcow2").to_string_lossy().into_owned();
-    let absolute = std::path::absolute(Path::new(file)).map_err(|error| error.to_string())?;
-    crate::images::on_ring(async {
-        let look = crate::images::Look { format, ..crate::images::Look::default() };
-        let chain = crate::images::open(file, look).await?;
+    let absolute = images::sources(look).identify(file, None);
+    images::on_ring(async {
+        let chain = images::open(file, &Look { image_opts: false, writable: false, ..look.clone() }).await?;
         let (size, format) = (chain[0].image.size(), chain[0].image.format());
-        crate::images::close(&chain).await?;
-        let backing = BackingRef { name: absolute.to_string_lossy().into_owned(), format: Some(format) };
+        images::close(&chain).await?;
+        let backing = BackingRef { name: absolute, format: Some(format) };
         let options =
             CreateOptions { backing: Some(backing), ..CreateOptions::new(Format::Qcow2, size.next_multiple_of(512)) };
         crate::img::create::write(&place, &options).await

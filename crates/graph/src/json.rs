@@ -16,7 +16,7 @@ const DEEPEST: usize = 1024;
 
 /// Cuts a byte stream into values.
 #[derive(Debug, Default)]
-pub(crate) struct Framer {
+pub struct Framer {
     value: Vec<u8>,
     depth: usize,
     quote: Option<u8>,
@@ -24,11 +24,11 @@ pub(crate) struct Framer {
 }
 
 /// What the framer found: a value, or the text of a mistake.
-pub(crate) type Framed = Result<Value, String>;
+pub type Framed = Result<Value, String>;
 
 impl Framer {
     /// Takes one byte in; a value that ends with it (or before it) is returned.
-    pub(crate) fn take(&mut self, byte: u8) -> Option<Framed> {
+    pub fn take(&mut self, byte: u8) -> Option<Framed> {
         if self.value.len() >= LONGEST {
             return Some(self.mistake("JSON token size limit exceeded".into()));
         }
@@ -77,6 +77,11 @@ impl Framer {
         }
     }
 
+    /// Bytes taken in and not returned yet.
+    pub fn held(&self) -> usize {
+        self.value.len()
+    }
+
     fn in_string(&mut self, byte: u8, quote: u8) -> Option<Framed> {
         // Bytes that UTF-8 does not have end everything wherever they come: that is how a client that has lost the thread
         // brings the server to a known state.
@@ -116,16 +121,14 @@ impl Framer {
     }
 }
 
-/// For fuzz/: all that a stream of these bytes holds, and how much is held back at its end.
-#[cfg(feature = "fuzzing")]
-pub(crate) fn framed(bytes: &[u8]) -> (Vec<Framed>, usize) {
+/// Whether `text` is only the beginning of a value: nothing in it is wrong, and something is missing.
+pub fn is_cut_short(text: &[u8]) -> bool {
     let mut framer = Framer::default();
-    let values = bytes.iter().filter_map(|byte| framer.take(*byte)).collect();
-    (values, framer.value.len())
+    text.iter().all(|byte| framer.take(*byte).is_none()) && framer.held() > 0
 }
 
 /// Reads one whole value.
-pub(crate) fn parse(text: &[u8]) -> Framed {
+pub fn parse(text: &[u8]) -> Framed {
     let mut reader = Reader { text, at: 0, depth: 0 };
     let value = reader.value()?;
     reader.space();

@@ -1,6 +1,6 @@
 use super::*;
-use crate::nbd::option::{OptionReplyHead, encode_option};
-use crate::nbd::proto::{NBD_REP_FLAG_ERROR, OPTION_REPLY_LEN};
+use crate::option::{OptionReplyHead, encode_option};
+use crate::proto::{NBD_REP_FLAG_ERROR, OPTION_REPLY_LEN};
 use proptest::prelude::*;
 
 fn offers() -> Vec<Offer> {

@@ -3,14 +3,14 @@
 //! **Invariant.** One option is under way at a time, and only its replies are accepted.
 
 use super::ClientError;
-use crate::nbd::option::{
+use crate::option::{
     BlockSize, Info, InfoQuery, MetaQuery, OptionReplyHead, decode_context, decode_server, encode_option,
 };
-use crate::nbd::proto::{
+use crate::proto::{
     BASE_ALLOCATION, ClientFlags, EXPORT_NAME_PADDING, GREETING_LEN, HandshakeFlags, IHAVEOPT, InfoKind, MAX_STRING,
     NBD_REP_FLAG_ERROR, NBDMAGIC, OPTION_REPLY_LEN, OptionKind, OptionReplyKind, TransmissionFlags,
 };
-use crate::nbd::wire::Fields;
+use crate::wire::Fields;
 
 /// The longest reply to an option that is believed, in bytes: two strings and change.
 const MAX_REPLY: u32 = 3 * MAX_STRING as u32;
@@ -46,6 +46,8 @@ pub struct Session {
     pub description: Option<String>,
     /// Request sizes, if it said.
     pub block_size: Option<BlockSize>,
+    /// Names of the metadata contexts it offers; asked for with [`Goal::Inspect`] only.
+    pub contexts: Vec<String>,
 }
 
 impl Session {
@@ -212,6 +214,10 @@ impl ClientHandshake {
                     self.session.allocation = Some(context.0);
                 }
             }
+            (OptionKind::ListMetaContext, Some(OptionReplyKind::MetaContext)) => {
+                let context = decode_context(data).ok_or(ClientError::Protocol("malformed NBD_REP_META_CONTEXT"))?;
+                self.session.contexts.push(context.1.to_owned());
+            }
             (OptionKind::List, Some(OptionReplyKind::Server)) => {
                 let entry = decode_server(data).ok_or(ClientError::Protocol("malformed NBD_REP_SERVER"))?;
                 self.listed.push(ListedExport { name: entry.0.to_owned(), description: entry.1.to_owned() });
@@ -238,20 +244,31 @@ impl ClientHandshake {
                 if self.session.flags & TransmissionFlags::HAS_FLAGS.bits() == 0 {
                     return Err(ClientError::Protocol("no NBD_INFO_EXPORT"));
                 }
-                if option == OptionKind::Info {
-                    encode_option(output, OptionKind::Abort.to_wire(), &[]);
+                match self.goal.clone() {
+                    Goal::Inspect(name) if self.session.structured => {
+                        let query = MetaQuery { name: &name, queries: Vec::new() }.encode();
+                        self.send(OptionKind::ListMetaContext, &query, output);
+                    }
+                    Goal::Inspect(_) => return Ok(self.inspected(output)),
+                    _ => return Ok(ClientProgress::Session(self.session.clone())),
                 }
-                return Ok(ClientProgress::Session(self.session.clone()));
             }
+            OptionKind::ListMetaContext => return Ok(self.inspected(output)),
             OptionKind::List => {
                 encode_option(output, OptionKind::Abort.to_wire(), &[]);
                 return Ok(ClientProgress::Listed(std::mem::take(&mut self.listed)));
             }
-            OptionKind::Abort | OptionKind::ExportName | OptionKind::ListMetaContext => {
+            OptionKind::Abort | OptionKind::ExportName => {
                 return Err(ClientError::Protocol("a reply to an option that was not sent"));
             }
         }
         Ok(ClientProgress::Continue)
+    }
+
+    /// All is known that can be asked.
+    fn inspected(&self, output: &mut Vec<u8>) -> ClientProgress {
+        encode_option(output, OptionKind::Abort.to_wire(), &[]);
+        ClientProgress::Session(self.session.clone())
     }
 
     /// Goes on without what is not needed; gives up where the goal itself is refused.
@@ -265,6 +282,7 @@ impl ClientHandshake {
         let known = OptionReplyKind::from_wire(kind);
         match (option, known, self.goal.clone()) {
             (OptionKind::StructuredReply, ..) => self.pursue(output),
+            (OptionKind::ListMetaContext, ..) => return Ok(self.inspected(output)),
             (OptionKind::SetMetaContext, ..) => {
                 self.session.allocation = None;
                 self.pursue(output);
@@ -294,8 +312,8 @@ impl ClientHandshake {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::nbd::handshake::{ALLOCATION_CONTEXT, Agreement, Handshake, Offer, Progress};
-    use crate::nbd::option::encode_option_reply;
+    use crate::handshake::{ALLOCATION_CONTEXT, Agreement, Handshake, Offer, Progress};
+    use crate::option::encode_option_reply;
     use proptest::prelude::*;
 
     fn offers() -> Vec<Offer> {

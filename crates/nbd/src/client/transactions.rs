@@ -5,12 +5,12 @@
 
 use super::ClientError;
 use super::handshake::Session;
-use crate::nbd::proto::{
+use crate::proto::{
     ChunkFlags, ChunkKind, Command, CommandFlags, MAX_PAYLOAD, MAX_STRING, NBD_REPLY_TYPE_FLAG_ERROR, NbdError,
 };
-use crate::nbd::reply::{Extent, ReplyHead, decode_extents};
-use crate::nbd::request::Request;
-use crate::nbd::wire::Fields;
+use crate::reply::{Extent, ReplyHead, decode_extents};
+use crate::request::Request;
+use crate::wire::Fields;
 use std::collections::HashMap;
 
 /// The longest payload of a chunk that is believed, in bytes: the data of the longest read, or as many block descriptors.
@@ -237,10 +237,15 @@ impl Pending {
         const MALFORMED: ClientError = ClientError::Protocol("a malformed NBD_REPLY_TYPE_BLOCK_STATUS");
         let mut fields = Fields::new(payload);
         let context = fields.u32().ok_or(MALFORMED)?;
-        let extents = decode_extents(fields.rest()).ok_or(MALFORMED)?;
-        let sum: u64 = extents.iter().map(|extent| u64::from(extent.len)).sum();
-        if Some(context) != allocation || self.extents.is_some() || sum > u64::from(self.length) {
+        let mut extents = decode_extents(fields.rest()).ok_or(MALFORMED)?;
+        let before: u64 = extents.iter().rev().skip(1).map(|extent| u64::from(extent.len)).sum();
+        // Only the last may reach past what was asked for; it is cut there.
+        let left = u64::from(self.length).checked_sub(before).filter(|left| *left > 0).ok_or(MALFORMED)?;
+        if Some(context) != allocation || self.extents.is_some() {
             return Err(MALFORMED);
+        }
+        if let Some(last) = extents.last_mut() {
+            last.len = last.len.min(left as u32);
         }
         self.extents = Some(extents);
         Ok(())
@@ -280,8 +285,8 @@ impl Pending {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::nbd::proto::AllocationState;
-    use crate::nbd::reply::{Head, encode_extents};
+    use crate::proto::AllocationState;
+    use crate::reply::{Head, encode_extents};
     use proptest::prelude::*;
 
     fn transactions(structured: bool) -> Transactions {
@@ -364,6 +369,23 @@ mod tests {
         bytes.extend(*b"full");
         let failure = Failure { error: 28, message: "full".into() };
         assert_eq!(receive(&mut client, &bytes).unwrap()[0].outcome, Err(failure));
+    }
+
+    #[test]
+    fn the_last_extent_may_reach_further_and_is_cut() {
+        let extent = |len| Extent { len, state: AllocationState::empty() };
+        for (told, understood) in [
+            (vec![extent(1024), extent(9000)], Some(vec![extent(1024), extent(3072)])),
+            (vec![extent(1 << 30)], Some(vec![extent(4096)])),
+            (vec![extent(4096), extent(1)], None),
+        ] {
+            let mut client = transactions(true);
+            let status = client.begin(Command::BlockStatus, CommandFlags::empty(), 0, 4096).cookie;
+            let mut bytes = Head::status(status, 1, told.len(), true).as_bytes().to_vec();
+            bytes.extend(encode_extents(&told));
+            let answer = receive(&mut client, &bytes).ok().map(|ended| ended[0].outcome.clone());
+            assert_eq!(answer, understood.map(|extents| Ok(Answer::Extents(extents))));
+        }
     }
 
     proptest! {

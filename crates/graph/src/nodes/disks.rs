@@ -1,0 +1,141 @@
+//! Giving nodes to those who use them: exports, jobs, monitors.
+
+use super::{Edge, Graph, GraphNode};
+use crate::node::{Node, no_node};
+use crate::wrong;
+use disk::{Disk, DiskOptions, Layer};
+use image::Result;
+use std::rc::Rc;
+
+/// A hold on a node: while it lives, the node stays, and is open as it was asked for.
+pub struct NodeUse {
+    node: Rc<GraphNode>,
+    disk: Rc<Disk>,
+    writable: bool,
+}
+
+impl NodeUse {
+    /// What the node shows.
+    pub fn disk(&self) -> &Rc<Disk> {
+        &self.disk
+    }
+
+    /// The node's name.
+    pub fn node(&self) -> &str {
+        &self.node.name
+    }
+}
+
+impl Drop for NodeUse {
+    fn drop(&mut self) {
+        let count = if self.writable { &self.node.writers } else { &self.node.readers };
+        count.set(count.get() - 1);
+    }
+}
+
+impl Graph {
+    /// Takes hold of the node `name`, to write to it or only to read.
+    ///
+    /// # Errors
+    /// There is no such node; it is read-only, or cannot be opened for writing now.
+    pub async fn take(&self, name: &str, writable: bool) -> Result<NodeUse> {
+        let _alone = self.changing.lock().await;
+        self.reconcile();
+        let node = self.find(name).ok_or_else(|| no_node(name))?;
+        if writable {
+            self.make_writable(&node).await?;
+        }
+        let disk = self.disk_of(&node).await?;
+        let count = if writable { &node.writers } else { &node.readers };
+        count.set(count.get() + 1);
+        Ok(NodeUse { node, disk, writable })
+    }
+
+    /// The disks that nodes have at present: those that somebody has used.
+    pub fn disks(&self) -> Vec<(String, Rc<Disk>)> {
+        let nodes = self.nodes.borrow();
+        nodes.iter().filter_map(|node| Some((node.name.clone(), node.disk.borrow().clone()?))).collect()
+    }
+
+    /// The kind of job that works on a node, if any does.
+    pub fn job_on(&self, name: &str) -> Option<&'static str> {
+        let disk = self.find(name)?.disk.borrow().clone()?;
+        disk.claimed().then_some("stream")
+    }
+
+    /// What `node` shows, made when it is first asked for.
+    pub(super) async fn disk_of(&self, node: &Rc<GraphNode>) -> Result<Rc<Disk>> {
+        if let Some(disk) = node.disk.borrow().clone() {
+            return Ok(disk);
+        }
+        let disk = if let Node::CopyOnRead { .. } = node.meaning {
+            let child = node.child("file").ok_or_else(|| wrong("A copy-on-read node needs a file"))?;
+            let disk = Box::pin(self.disk_of(&child)).await?;
+            disk.set_copy_on_read(true);
+            disk
+        } else {
+            let options = DiskOptions { discard: node.discard, ..DiskOptions::default() };
+            Disk::new(&node.name, self.chain(node).await?, options)
+        };
+        *node.disk.borrow_mut() = Some(Rc::clone(&disk));
+        Ok(disk)
+    }
+
+    /// The images from `node` down.
+    async fn chain(&self, node: &Rc<GraphNode>) -> Result<Vec<Layer>> {
+        let image = self.image_of(node).await?;
+        let name = image.file().name().to_owned();
+        let mut layers = vec![Layer { lent: true, ..Layer::new(&node.name, name, image) }];
+        // What only headers name, right below, is the disk's own; what a user made a node of is not.
+        let (mut at, mut own) = (Rc::clone(node), true);
+        while let Some(below) = at.child("backing") {
+            own &= below.implicit;
+            let image = self.image_of(&below).await?;
+            let said = layers.last().and_then(|above| above.image.backing()).map(|backing| backing.name);
+            let name = said.unwrap_or_else(|| image.file().name().to_owned());
+            layers.push(Layer { lent: !own, ..Layer::new(&below.name, name, image) });
+            at = below;
+        }
+        if let Some(last) = layers.last_mut() {
+            last.bottom = true;
+        }
+        Ok(layers)
+    }
+
+    /// Follows what streams have done to chains: what was let go of is no longer below.
+    pub(super) fn reconcile(&self) {
+        let all = self.nodes.borrow().clone();
+        for node in all {
+            let Some(disk) = node.disk.borrow().clone() else { continue };
+            if matches!(node.meaning, Node::CopyOnRead { .. }) {
+                continue;
+            }
+            let chain = disk.chain();
+            let wanted = chain.get(1).map(|layer| layer.node.as_str());
+            let Some(first) = node.child("backing") else { continue };
+            if Some(first.name.as_str()) == wanted {
+                continue;
+            }
+            let (mut between, mut at) = (Vec::new(), Some(first));
+            while let Some(below) = at.take_if(|below| Some(below.name.as_str()) != wanted) {
+                at = below.child("backing");
+                between.push(below);
+            }
+            node.edges.borrow_mut().retain(|edge| edge.role != "backing");
+            if let Some(base) = at {
+                node.edges.borrow_mut().push(Edge { role: "backing", node: base });
+            }
+            for gone in between {
+                if !gone.implicit || !self.parents(&gone).is_empty() {
+                    break;
+                }
+                let files = std::mem::take(&mut *gone.edges.borrow_mut());
+                let is_gone = |node: &Rc<GraphNode>| {
+                    Rc::ptr_eq(node, &gone)
+                        || files.iter().any(|edge| edge.role == "file" && Rc::ptr_eq(&edge.node, node))
+                };
+                self.nodes.borrow_mut().retain(|other| !is_gone(other));
+            }
+        }
+    }
+}

@@ -1,0 +1,445 @@
+//! The program under the name `qemu-storage-daemon`: the same conversations as with QEMU's, and the same images afterwards.
+
+use std::fs;
+use std::os::unix::fs::symlink;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::thread::sleep;
+use std::time::{Duration, Instant};
+
+use headwater_tests::process::{Daemon, PATIENCE, finish};
+use headwater_tests::qemu::{check, compare, qemu_io};
+use headwater_tests::qmp::Qmp;
+use headwater_tests::sides::master;
+use headwater_tests::{Result, error, peer};
+use serde_json::{Map, Value, json};
+use tempfile::TempDir;
+
+/// A storage daemon of either kind, in a folder of its own.
+struct Storage {
+    daemon: Daemon,
+    qmp: Qmp,
+}
+
+/// Both kinds, and a folder for each.
+struct Both {
+    dir: TempDir,
+}
+
+const KINDS: [&str; 2] = ["ours", "theirs"];
+
+impl Both {
+    /// With a chain in each folder: `base.raw`, `mid.qcow2` on it, `top.qcow2` and `top.qed` on that.
+    fn new() -> Result<Self> {
+        let both = Self { dir: tempfile::tempdir()? };
+        fs::create_dir(both.dir.path().join("bin"))?;
+        symlink(fs::canonicalize(peer::headwater()?)?, both.dir.path().join("bin/qemu-storage-daemon"))?;
+        for kind in KINDS {
+            let dir = both.at(kind);
+            fs::create_dir(&dir)?;
+            master(&dir.join("base.raw"), 4 << 20, 9)?;
+            for line in [
+                "create -q -f qcow2 -b base.raw -F raw mid.qcow2",
+                "create -q -f qcow2 -b mid.qcow2 -F qcow2 top.qcow2",
+                "create -q -f qed -b mid.qcow2 -F qcow2 top.qed",
+            ] {
+                finish(Command::new("qemu-img").args(line.split(' ')).current_dir(&dir))?.ok()?;
+            }
+            qemu_io("qcow2", &dir.join("mid.qcow2"), &["write -P 5 1M 300k"])?;
+            qemu_io("qcow2", &dir.join("top.qcow2"), &["write -P 6 2M 100k"])?;
+        }
+        Ok(both)
+    }
+
+    fn at(&self, kind: &str) -> PathBuf {
+        self.dir.path().join(kind)
+    }
+
+    fn command(&self, kind: &str, words: &[&str]) -> Result<Command> {
+        let program = if kind == "ours" {
+            self.dir.path().join("bin/qemu-storage-daemon")
+        } else {
+            peer::find("qemu-storage-daemon")?
+        };
+        let mut command = Command::new(program);
+        command.args(words).current_dir(self.at(kind));
+        Ok(command)
+    }
+
+    fn start(&self, kind: &str, words: &[&str]) -> Result<Storage> {
+        let socket = self.at(kind).join("qmp.sock");
+        let chardev = format!("socket,id=m,path={},server=on,wait=off", socket.display());
+        let mut words = words.to_vec();
+        words.extend(["--chardev", &chardev, "--monitor", "chardev=m"]);
+        let mut daemon = Daemon::spawn(kind, self.command(kind, &words)?)?;
+        daemon.listening(&socket)?;
+        Ok(Storage { qmp: Qmp::connect(&socket)?, daemon })
+    }
+
+    /// Ends both with the same words: exit code and what is said on standard error.
+    fn refused(&self, words: &[&str]) -> Result {
+        let mut said = Vec::new();
+        for kind in KINDS {
+            let output = self.command(kind, words)?.output()?;
+            let text = String::from_utf8_lossy(&output.stderr).into_owned();
+            // Some begin with the program's whole path.
+            let text = text.find("qemu-storage-daemon: ").map_or_else(|| text.clone(), |at| text[at..].to_owned());
+            said.push((output.status.code(), text));
+        }
+        assert_eq!(said[0], said[1], "{words:?}");
+        Ok(())
+    }
+}
+
+/// What of an answer is nobody's affair: numbers of nodes, moments, what a file takes up.
+fn plain(value: &Value) -> Value {
+    match value {
+        Value::Object(members) => {
+            let mut kept = Map::new();
+            let is_file = members.get("format").is_some_and(|format| format == "file");
+            for (key, value) in members {
+                match key.as_str() {
+                    // How long a file is, is up to who writes it.
+                    "virtual-size" if is_file => {}
+                    // Progress counts what must be copied, here; the whole disk, there.
+                    "timestamp" | "actual-size" | "id" | "len" | "offset" | "busy" => {}
+                    _ => {
+                        kept.insert(key.clone(), plain(value));
+                    }
+                }
+            }
+            Value::Object(kept)
+        }
+        Value::Array(items) => items.iter().map(plain).collect(),
+        Value::String(text) if text.starts_with("#block") => json!("#block"),
+        other => other.clone(),
+    }
+}
+
+/// One step of a conversation.
+enum Say {
+    /// A command, whose answer is the same.
+    Do(&'static str, Value),
+    /// An event of this name comes.
+    Hear(&'static str),
+}
+use Say::{Do, Hear};
+
+/// Holds the conversation with both; they answer alike.
+fn converse(both: &Both, words: &[&str], steps: &[Say]) -> Result {
+    let mut transcripts = Vec::new();
+    for kind in KINDS {
+        let Storage { mut daemon, mut qmp } = both.start(kind, words)?;
+        let mut transcript = Vec::new();
+        for step in steps {
+            transcript.push(match step {
+                Do(command, arguments) => match qmp.command(command, arguments.clone())? {
+                    Ok(value) => format!("{command}: {}", sorted(&plain(&value))),
+                    Err(refused) => format!("{command}: {refused}"),
+                },
+                Hear(event) => format!("{event}: {}", sorted(&plain(&qmp.event(event)?))),
+            });
+        }
+        drop(qmp);
+        daemon.terminate()?;
+        transcripts.push(transcript);
+    }
+    for (ours, theirs) in transcripts[0].iter().zip(&transcripts[1]) {
+        assert_eq!(ours, theirs, "{words:?}");
+    }
+    Ok(())
+}
+
+/// With members in an order of their own.
+fn sorted(value: &Value) -> String {
+    match value {
+        Value::Object(members) => {
+            let mut keys: Vec<&String> = members.keys().collect();
+            keys.sort();
+            let parts: Vec<String> = keys.into_iter().map(|key| format!("{key}={}", sorted(&members[key]))).collect();
+            format!("{{{}}}", parts.join(","))
+        }
+        Value::Array(items) => format!("[{}]", items.iter().map(sorted).collect::<Vec<_>>().join(",")),
+        other => other.to_string(),
+    }
+}
+
+const GRAPH: [&str; 12] = [
+    "--blockdev",
+    "file,node-name=f0,filename=base.raw",
+    "--blockdev",
+    "raw,node-name=base,file=f0",
+    "--blockdev",
+    "driver=qcow2,node-name=mid,file.driver=file,file.filename=mid.qcow2,backing=base",
+    "--blockdev",
+    "driver=file,node-name=prot,filename=top.qcow2",
+    "--blockdev",
+    r#"{"driver":"qcow2","node-name":"fmt","file":"prot","backing":"mid"}"#,
+    "--object",
+    "iothread,id=t0",
+];
+
+fn done() -> [Say; 2] {
+    [Hear("JOB_STATUS_CHANGE"), Hear("BLOCK_JOB_COMPLETED")]
+}
+
+#[test]
+fn nodes_come_and_go_in_the_same_words() -> Result {
+    peer!("headwater", "qemu-storage-daemon", "qemu-img", "qemu-io");
+    let both = Both::new()?;
+    let node = |driver: &str, name: &str, file: &str| json!({"driver": driver, "node-name": name, "file": {"driver": "file", "filename": file}});
+    converse(
+        &both,
+        &GRAPH,
+        &[
+            Do("query-named-block-nodes", json!({"flat": true})),
+            Do("query-block", json!({})),
+            Do("query-blockstats", json!({})),
+            Do("query-jobs", json!({})),
+            Do("blockdev-del", json!({"node-name": "base"})),
+            Do("blockdev-del", json!({"node-name": "mid"})),
+            Do("blockdev-del", json!({"node-name": "prot"})),
+            Do("blockdev-del", json!({"node-name": "nope"})),
+            Do("blockdev-del", json!({})),
+            Do("blockdev-add", node("raw", "q", "top.qed")),
+            Do("blockdev-add", node("raw", "q", "top.qed")),
+            Do("blockdev-add", node("nonsense", "n", "top.qed")),
+            Do("blockdev-add", node("raw", "1n", "base.raw")),
+            Do("blockdev-add", json!({"driver": "raw", "file": {"driver": "file", "filename": "base.raw"}})),
+            Do("blockdev-add", json!({"driver": "raw", "node-name": "n", "file": "nope"})),
+            Do("blockdev-add", json!({"driver": "file", "node-name": "n"})),
+            Do("blockdev-add", json!({"node-name": "n"})),
+            Do("blockdev-del", json!({"node-name": "fmt"})),
+            Do("blockdev-del", json!({"node-name": "mid"})),
+            Do("blockdev-del", json!({"node-name": "q"})),
+            Do("query-named-block-nodes", json!({"flat": true})),
+            Do("object-add", json!({"qom-type": "throttle-group", "id": "g", "limits": {"iops-total": 100}})),
+            Do("object-add", json!({"qom-type": "throttle-group", "id": "g"})),
+            Do("blockdev-add", json!({"driver": "throttle", "node-name": "t", "throttle-group": "g", "file": "prot"})),
+            Do(
+                "blockdev-add",
+                json!({"driver": "throttle", "node-name": "u", "throttle-group": "none", "file": "prot"}),
+            ),
+            Do("blockdev-del", json!({"node-name": "t"})),
+            Do("object-del", json!({"id": "g"})),
+            Do("object-del", json!({"id": "nope"})),
+            Do("block_resize", json!({"node-name": "nope", "size": 1})),
+            Do("block_resize", json!({"size": 1})),
+            Do("no-such-command", json!({})),
+            Do("query-block-jobs", json!({"x": 1})),
+        ],
+    )
+}
+
+#[test]
+fn exports_come_and_go_in_the_same_words() -> Result {
+    peer!("headwater", "qemu-storage-daemon", "qemu-img", "qemu-io");
+    let both = Both::new()?;
+    let export = |id: &str, node: &str, more: &Value| {
+        let mut spec = json!({"type": "nbd", "id": id, "node-name": node});
+        for (key, value) in more.as_object().into_iter().flatten() {
+            spec[key] = value.clone();
+        }
+        spec
+    };
+    converse(
+        &both,
+        &GRAPH,
+        &[
+            Do("block-export-add", export("e", "fmt", &json!({}))),
+            Do("nbd-server-stop", json!({})),
+            Do("nbd-server-start", json!({"addr": {"type": "unix", "data": {"path": "nbd.sock"}}})),
+            Do("nbd-server-start", json!({"addr": {"type": "unix", "data": {"path": "nbd.sock"}}})),
+            Do("block-export-add", export("e", "fmt", &json!({"writable": true, "name": "disk"}))),
+            Do("block-export-add", export("e", "fmt", &json!({}))),
+            Do("block-export-add", export("1", "fmt", &json!({}))),
+            Do("block-export-add", export("e2", "nope", &json!({}))),
+            Do("block-export-add", export("e2", "fmt", &json!({"name": "disk"}))),
+            Do("block-export-add", json!({"type": "tea", "id": "x", "node-name": "fmt"})),
+            Do("block-export-add", json!({"type": "nbd", "node-name": "fmt"})),
+            Do("query-block-exports", json!({})),
+            Do("blockdev-del", json!({"node-name": "fmt"})),
+            Do("block-export-del", json!({"id": "nope"})),
+            Do("block-export-del", json!({"id": "e"})),
+            Hear("BLOCK_EXPORT_DELETED"),
+            Do("query-block-exports", json!({})),
+            Do("nbd-server-add", json!({"device": "mid"})),
+            Do("nbd-server-add", json!({"device": "nope"})),
+            Do("nbd-server-remove", json!({"name": "nope"})),
+            Do("nbd-server-remove", json!({"name": "mid"})),
+            Hear("BLOCK_EXPORT_DELETED"),
+            Do("nbd-server-stop", json!({})),
+            Do("nbd-server-remove", json!({"name": "mid"})),
+            Do("blockdev-del", json!({"node-name": "fmt"})),
+        ],
+    )
+}
+
+#[test]
+fn streams_are_started_refused_and_end_in_the_same_words() -> Result {
+    peer!("headwater", "qemu-storage-daemon", "qemu-img", "qemu-io");
+    let stream = |more: &Value| {
+        let mut arguments = json!({"device": "fmt", "job-id": "j"});
+        for (key, value) in more.as_object().into_iter().flatten() {
+            arguments[key] = value.clone();
+        }
+        Do("block-stream", arguments)
+    };
+    // What makes no sense; then with a base, to the bottom, step by step.
+    let both = Both::new()?;
+    let mut steps = vec![
+        Do("block-stream", json!({"device": "fmt"})),
+        Do("block-stream", json!({"job-id": "j"})),
+        Do("block-stream", json!({"device": "nope", "job-id": "j"})),
+        stream(&json!({"base-node": "f0"})),
+        stream(&json!({"base-node": "nope"})),
+        stream(&json!({"base-node": "base", "base": "base.raw"})),
+        stream(&json!({"bottom": "mid", "base-node": "base"})),
+        stream(&json!({"base": "nope"})),
+        stream(&json!({"speed": -1})),
+        stream(&json!({"speed": "x"})),
+        stream(&json!({"on-error": "tea"})),
+        stream(&json!({"backing-file": "x"})),
+        stream(&json!({"tea": 1})),
+        Do("block-job-cancel", json!({"device": "j"})),
+        Do("job-pause", json!({"id": "j"})),
+        stream(&json!({"base-node": "base", "auto-finalize": false, "auto-dismiss": false})),
+        Hear("BLOCK_JOB_PENDING"),
+        stream(&json!({})),
+        Do("job-finalize", json!({"id": "nope"})),
+        Do("job-dismiss", json!({"id": "j"})),
+        Do("job-pause", json!({"id": "j"})),
+        Do("job-finalize", json!({"id": "j"})),
+        Hear("BLOCK_JOB_COMPLETED"),
+        Do("job-finalize", json!({"id": "j"})),
+        Do("job-dismiss", json!({"id": "j"})),
+        Do("query-jobs", json!({})),
+        Do("query-named-block-nodes", json!({"flat": true})),
+        Do("blockdev-del", json!({"node-name": "mid"})),
+        stream(&json!({})),
+    ];
+    steps.extend(done());
+    steps.push(Do("query-block-jobs", json!({})));
+    converse(&both, &GRAPH, &steps)?;
+    for kind in KINDS {
+        let top = both.at(kind).join("top.qcow2");
+        check(&top)?.ok()?;
+        assert!(headwater_tests::qemu::info(&top)?.get("backing-filename").is_none(), "{kind}");
+    }
+    compare(&both.at("ours").join("top.qcow2"), &both.at("theirs").join("top.qcow2"))?.ok()?;
+    // By the names of files; and into QED, whose chain nobody but headers name.
+    for (format, name) in [("qcow2", "top.qcow2"), ("qed", "top.qed")] {
+        let both = Both::new()?;
+        let node = format!("driver={format},node-name=fmt,file.driver=file,file.filename={name}");
+        let words = ["--blockdev", node.as_str()];
+        let mut steps = vec![stream(&json!({"base": "base.raw"}))];
+        steps.extend(done());
+        steps.push(Do("query-named-block-nodes", json!({"flat": true})));
+        steps.push(stream(&json!({"speed": 1 << 30})));
+        steps.push(Hear("BLOCK_JOB_COMPLETED"));
+        converse(&both, &words, &steps)?;
+        compare(&both.at("ours").join(name), &both.at("theirs").join(name))?.ok()?;
+        assert!(headwater_tests::qemu::info(&both.at("ours").join(name))?.get("backing-filename").is_none());
+    }
+    Ok(())
+}
+
+#[test]
+fn a_line_that_makes_no_sense_is_refused_in_the_same_words() -> Result {
+    peer!("headwater", "qemu-storage-daemon", "qemu-img", "qemu-io");
+    let both = Both::new()?;
+    for words in [
+        &["--blockdev", "driver=nonsense,node-name=x"][..],
+        &["--blockdev", "file,filename=base.raw"],
+        &["--blockdev", "file,node-name=1x,filename=base.raw"],
+        &["--nope"],
+        &["--blockdev"],
+        &["--blockdev", "file,node-name=x,filename=base.raw", "foo"],
+        &["--blockdev", r#"{"driver":"file""#],
+        &["--export", "nbd,id=e,node-name=x"],
+        &["--nbd-server", "addr.type=unix"],
+        &["--monitor", "chardev=m"],
+        &["--monitor", "foo=bar"],
+        &["--chardev", "socket,path=x,server=on,wait=off"],
+        &["--pidfile", "/nope/x", "--blockdev", "file,node-name=x,filename=base.raw"],
+        &["--nbd-server", "addr.type=unix,addr.path=a.sock", "--nbd-server", "addr.type=unix,addr.path=b.sock"],
+        &["--blockdev", "file,node-name=x,filename=base.raw", "--export", "vhost-user-blk,id=e,node-name=x"],
+    ] {
+        both.refused(words)?;
+    }
+    Ok(())
+}
+
+#[test]
+fn clients_read_and_write_while_a_stream_runs() -> Result {
+    peer!("headwater", "qemu-img", "qemu-io");
+    let both = Both::new()?;
+    let dir = both.at("ours");
+    let before = dir.join("before.raw");
+    let convert = ["convert", "-f", "qcow2", "-O", "raw", "top.qcow2", "before.raw"];
+    finish(Command::new("qemu-img").args(convert).current_dir(&dir))?.ok()?;
+    let mut words = GRAPH.to_vec();
+    words.extend([
+        "--blockdev",
+        "copy-on-read,node-name=cor,file=fmt",
+        "--nbd-server",
+        "addr.type=unix,addr.path=nbd.sock",
+        "--export",
+        "nbd,id=e,node-name=cor,writable=on,name=disk",
+    ]);
+    let Storage { mut daemon, mut qmp } = both.start("ours", &words)?;
+    let uri = format!("nbd+unix:///disk?socket={}", dir.join("nbd.sock").display());
+    let uri = Path::new(&uri);
+    qemu_io("raw", uri, &["write -P 9 3M 64k", "read -P 5 1M 64k"])?;
+    qmp.execute("block-stream", json!({"device": "fmt", "job-id": "j", "speed": 100_000}))?;
+    qemu_io("raw", uri, &["write -P 8 100k 50k", "read -P 9 3M 64k", "read -P 5 1M 100k"])?;
+    let busy = qmp.refused("blockdev-del", json!({"node-name": "cor"}))?;
+    assert_eq!(busy.desc, "Node cor is in use");
+    if let Err(gone) = qmp.execute("block-job-set-speed", json!({"device": "j", "speed": 0})) {
+        return Err(error!("{gone}: {:?}", qmp.event("BLOCK_JOB_COMPLETED")));
+    }
+    let ended = qmp.event("BLOCK_JOB_COMPLETED")?;
+    assert!(ended.get("error").is_none(), "{ended}");
+    qmp.execute("block-export-del", json!({"id": "e"}))?;
+    for node in ["cor", "fmt", "prot", "mid", "base", "f0"] {
+        qmp.execute("blockdev-del", json!({"node-name": node}))?;
+    }
+    // Nothing holds the files any more, while the daemon runs on.
+    qemu_io("raw", &before, &["write -P 9 3M 64k", "write -P 8 100k 50k"])?;
+    compare(&before, &dir.join("top.qcow2"))?.ok()?;
+    check(&dir.join("top.qcow2"))?.ok()?;
+    qemu_io("raw", &dir.join("base.raw"), &["write 0 512"])?;
+    qmp.execute("quit", json!({}))?;
+    daemon.exits()?;
+    Ok(())
+}
+
+#[test]
+fn it_goes_into_the_background_and_ends_by_a_signal() -> Result {
+    peer!("headwater", "qemu-img", "qemu-io", "nbdinfo");
+    let both = Both::new()?;
+    let dir = both.at("ours");
+    let mut words = GRAPH.to_vec();
+    words.extend(["--daemonize", "--pidfile", "pid", "--nbd-server", "addr.type=unix,addr.path=nbd.sock"]);
+    words.extend(["--export", "nbd,id=e,node-name=fmt,description=the disk"]);
+    let status = both.command("ours", &words)?.status()?;
+    assert!(status.success());
+    let pid = fs::read_to_string(dir.join("pid"))?;
+    let uri = format!("nbd+unix:///fmt?socket={}", dir.join("nbd.sock").display());
+    let said = Command::new("nbdinfo").arg(&uri).output()?;
+    let text = String::from_utf8_lossy(&said.stdout).into_owned();
+    assert!(text.contains("is_read_only: true") && text.contains("the disk"), "{text} {said:?}");
+    // A second one may read the same files, since this one only reads.
+    let mut second = both.start("ours", &GRAPH)?;
+    second.daemon.terminate()?;
+    assert!(Command::new("kill").args(["-HUP", pid.trim()]).status()?.success());
+    let began = Instant::now();
+    while Path::new("/proc").join(pid.trim()).exists() {
+        if began.elapsed() > PATIENCE {
+            return Err(error!("it does not end"));
+        }
+        sleep(Duration::from_millis(20));
+    }
+    assert!(!dir.join("pid").exists() && !dir.join("nbd.sock").exists());
+    Ok(())
+}
