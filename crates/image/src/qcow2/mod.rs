@@ -235,7 +235,14 @@ impl Image for Qcow2Image {
         };
         let encrypted = header.crypt != 0;
         let cluster_size = Some(header.cluster_size());
-        ImageInfo { cluster_size, dirty: has(Features::DIRTY), warnings, encrypted, qcow2: Some(qcow2), ..ImageInfo::default() }
+        ImageInfo {
+            cluster_size,
+            dirty: has(Features::DIRTY),
+            warnings,
+            encrypted,
+            qcow2: Some(qcow2),
+            ..ImageInfo::default()
+        }
     }
 
     fn lookup(&self, range: GuestRange) -> Result<Option<Mapped>> {

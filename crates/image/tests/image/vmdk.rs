@@ -46,7 +46,8 @@ impl Folder {
 
     async fn open(&self, name: &str) -> Result<Rc<dyn Image>> {
         let store = MemoryStore::from_bytes(name, &self.files[name]).read_only();
-        image::open_in(store, Format::Vmdk, READ_ONLY, Surroundings { companions: self, ..Surroundings::default() }).await
+        image::open_in(store, Format::Vmdk, READ_ONLY, Surroundings { companions: self, ..Surroundings::default() })
+            .await
     }
 }
 
