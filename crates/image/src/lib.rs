@@ -26,11 +26,14 @@ pub mod create;
 pub mod error;
 mod grid;
 mod health;
+mod inflate;
+mod kept;
 mod luks;
+mod master;
 pub mod open;
 mod packed;
-mod paged;
 pub mod probe;
+mod qcow;
 pub mod qcow2;
 pub mod qed;
 pub mod raw;
@@ -40,6 +43,9 @@ mod slices;
 pub mod snapshot;
 mod space;
 mod tables;
+mod vhdx;
+pub mod vmdk;
+mod vpc;
 
 pub use backing::BackingRef;
 pub use bitmap::{Bitmap, BitmapAction, Bits};
@@ -108,6 +114,8 @@ pub struct ImageInfo {
     pub encrypted: bool,
     /// QCOW2: what it alone has.
     pub qcow2: Option<qcow2::Qcow2Info>,
+    /// VMDK: what it alone has.
+    pub vmdk: Option<vmdk::VmdkInfo>,
 }
 
 /// A disk image: tables that say where the guest's bytes are.
@@ -164,6 +172,22 @@ pub trait Image: 'static {
     /// decides what a probe finds.
     fn may_probe_backing(&self) -> bool {
         true
+    }
+
+    /// What images made over this one record of it, so that they notice when it was changed or is another one; `None` where the
+    /// format has nothing of the kind.
+    fn identity(&self) -> Option<String> {
+        None
+    }
+
+    /// What [`Image::identity`] the backing file must have, if this image recorded one.
+    fn backing_identity(&self) -> Option<String> {
+        None
+    }
+
+    /// Whether its data may be a hole of its store, which [`Store::extent`] tells: where a disk's bytes lie in a file as they are.
+    fn lies_plainly(&self) -> bool {
+        self.format() == Format::Raw
     }
 
     /// Brings the tables into memory that `lookup` needs for the start of `range`. Single-flight. A caller alternates

@@ -64,7 +64,7 @@ use crate::bitmap::{Bitmap, BitmapAction, Bits};
 use crate::commits::Commits;
 use crate::create::Preallocation;
 use crate::health::Health;
-use crate::packed::Kept;
+use crate::kept::Kept;
 use crate::reservation::Active;
 use crate::room::Room;
 use crate::slices::Shelf;
@@ -235,7 +235,14 @@ impl Image for Qcow2Image {
         };
         let encrypted = header.crypt != 0;
         let cluster_size = Some(header.cluster_size());
-        ImageInfo { cluster_size, dirty: has(Features::DIRTY), warnings, encrypted, qcow2: Some(qcow2) }
+        ImageInfo {
+            cluster_size,
+            dirty: has(Features::DIRTY),
+            warnings,
+            encrypted,
+            qcow2: Some(qcow2),
+            ..ImageInfo::default()
+        }
     }
 
     fn lookup(&self, range: GuestRange) -> Result<Option<Mapped>> {
