@@ -17,6 +17,7 @@
 //! An image lives on one shard. Everything that is not `async` is atomic: [`Image::lookup`], [`Reservation::link`].
 #![forbid(unsafe_code)]
 
+pub mod amend;
 pub mod backing;
 pub mod bitmap;
 pub mod check;
@@ -232,6 +233,14 @@ pub trait Image: 'static {
     /// Publishes a new backing reference: everything durable → header → barrier. The caller sees to it that the guest's
     /// view does not change. Durable when it returns.
     fn set_backing(&self, backing: Option<BackingRef>) -> ImageFuture<'_, ()>;
+
+    /// Changes how the image says what it says; the guest sees the same. Nothing else is in flight; durable when it returns.
+    fn amend<'a>(&'a self, change: &'a amend::Amendment) -> ImageFuture<'a, ()> {
+        let _ = change;
+        let what = format!("Format driver '{}' does not support option amendment", self.format());
+        let error = Error::new(ErrorKind::Unsupported, self.store().name(), None, what);
+        Box::pin(async { Err(error) })
+    }
 
     /// Checks the tables against the specification and, as asked, repairs. Nothing else is in flight. Progress is a fraction.
     fn check(&self, repair: Repair) -> ImageFuture<'_, CheckReport>;

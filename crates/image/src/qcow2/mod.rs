@@ -32,6 +32,7 @@
 //!   unpacked clusters.
 
 mod allocate;
+mod amend;
 mod bitmap_actions;
 mod bitmaps;
 mod check;
@@ -60,6 +61,7 @@ pub use layout::qcow2::Compression;
 pub(crate) use open::open;
 pub use open::open_with_table_memory;
 
+use crate::amend::Amendment;
 use crate::bitmap::{Bitmap, BitmapAction, Bits};
 use crate::commits::Commits;
 use crate::create::Preallocation;
@@ -297,6 +299,10 @@ impl Image for Qcow2Image {
     fn set_backing(&self, backing: Option<BackingRef>) -> ImageFuture<'_, ()> {
         let core = self.core.clone();
         Box::pin(ring::spawn(async move { core.set_backing(backing).await }))
+    }
+
+    fn amend<'a>(&'a self, change: &'a Amendment) -> ImageFuture<'a, ()> {
+        Box::pin(async move { self.core.amend(self, change).await })
     }
 
     fn check(&self, repair: Repair) -> ImageFuture<'_, CheckReport> {

@@ -3,6 +3,7 @@
 
 extern crate headwater_image as image;
 
+mod amend;
 mod basics;
 mod bitmaps;
 mod crash;
