@@ -3,7 +3,7 @@
 use super::arguments::Arguments;
 use super::schema::{Kind, Member, Schema, Takes, may, needs};
 use super::{event, exports, jobs, nodes, query, schema};
-use crate::{Engine, ErrorClass, Failure, hmp};
+use crate::{Engine, ErrorClass, Failure, hmp, trace};
 use futures_util::future::BoxFuture;
 use serde_json::{Map, Value, json};
 
@@ -106,6 +106,20 @@ const COMMANDS: &[Command] = &[
         &[needs("command-line", Kind::Text), may("cpu-index", Kind::Integer)],
         Kind::Text,
         |e, a| Box::pin(human(e, a)),
+    ),
+    command("trace-event-get-state", &[needs("name", Kind::Text), may("vcpu", Kind::Integer)], LIST, |_, arguments| {
+        Box::pin(async { trace_state(arguments) })
+    }),
+    command(
+        "trace-event-set-state",
+        &[
+            needs("name", Kind::Text),
+            needs("enable", Kind::Flag),
+            may("ignore-unavailable", Kind::Flag),
+            may("vcpu", Kind::Integer),
+        ],
+        NOTHING,
+        |_, arguments| Box::pin(async { set_trace_state(arguments) }),
     ),
     command("query-block", &[], LIST, run!(query::block)),
     command("query-named-block-nodes", &[may("flat", Kind::Flag)], LIST, run!(query::named_nodes)),
@@ -248,6 +262,18 @@ fn status() -> Value {
 fn quit(engine: &Engine) -> Value {
     engine.request_quit();
     json!({})
+}
+
+fn trace_state(mut arguments: Arguments) -> Result<Value, Failure> {
+    let points = trace::find(&arguments.needed_string("name")?)?;
+    let state = |on| if on { "enabled" } else { "disabled" };
+    Ok(points.iter().map(|point| json!({ "name": point.name, "state": state(point.is_on()) })).collect())
+}
+
+fn set_trace_state(mut arguments: Arguments) -> Result<Value, Failure> {
+    let points = trace::find(&arguments.needed_string("name")?)?;
+    trace::set(&points, arguments.boolean("enable")?.unwrap_or(false));
+    Ok(json!({}))
 }
 
 async fn human(engine: &Engine, mut arguments: Arguments) -> Result<Value, Failure> {
