@@ -15,7 +15,8 @@ fn what_happens_is_told_by_those_points_that_are_on() -> Result {
     let dir = tempfile::tempdir()?;
     let at = |name: &str| dir.path().join(name);
     master(&at("base.raw"), 1 << 20, 3)?;
-    finish(Command::new("qemu-img").args("create -q -f qcow2 -b base.raw -F raw top".split(' ')).current_dir(&dir))?.ok()?;
+    finish(Command::new("qemu-img").args("create -q -f qcow2 -b base.raw -F raw top".split(' ')).current_dir(&dir))?
+        .ok()?;
     fs::write(at("events"), "# what jobs do\njob_*\n")?;
     let (log, nbd) = (at("log").display().to_string(), at("nbd").display().to_string());
     let mut command = Command::new(peer::headwater()?);
@@ -30,7 +31,12 @@ fn what_happens_is_told_by_those_points_that_are_on() -> Result {
     ] {
         command.args(["--blockdev", node]);
     }
-    command.args(["--nbd-server", &format!("addr.type=unix,addr.path={nbd}"), "--export", "nbd,id=e,node-name=t,writable=on"]);
+    command.args([
+        "--nbd-server",
+        &format!("addr.type=unix,addr.path={nbd}"),
+        "--export",
+        "nbd,id=e,node-name=t,writable=on",
+    ]);
     let qmp = format!("socket,id=m,path={},server=on,wait=off", at("qmp").display());
     command.args(["--chardev", &qmp, "--monitor", "m"]);
     let mut daemon = Daemon::spawn("trace", command)?;
