@@ -75,9 +75,9 @@ fn every_kind_becomes_every_kind() -> Result {
         let (start, len) = (random.below(11_000) as usize * 512, random.below(300) as usize * 512 + 512);
         let end = (start + len).min(master.len());
         if random.below(2) == 0 {
-            random.fill(&mut master[start..end])
+            random.fill(&mut master[start..end]);
         } else {
-            master[start..end].fill(random.below(256) as u8)
+            master[start..end].fill(random.below(256) as u8);
         }
     }
     let last = master.len() - 512;
@@ -143,7 +143,7 @@ fn geometry(random: &mut Random) -> (&'static str, String) {
 /// Commands for either io tool, and what they do to `disk`.
 fn workload(random: &mut Random, disk: &mut [u8], zeros: bool) -> Vec<String> {
     let mut commands = Vec::new();
-    for _ in 0..1 + random.below(8) {
+    for _ in 0..=random.below(8) {
         let sectors = disk.len() as u64 / 512;
         let longest = if random.below(4) == 0 { 1500 } else { 40 };
         let start = random.below(sectors);
@@ -179,7 +179,7 @@ fn both_write_in_turn() -> Result {
     let number = |name: &str, or: u64| std::env::var(name).ok().and_then(|text| text.parse().ok()).unwrap_or(or);
     let (seed, rounds) = (number("HEADWATER_SEED", 2026), number("HEADWATER_ROUNDS", 24));
     let (ours, img, io) = (peer::headwater()?, peer::find("qemu-img")?, peer::find("qemu-io")?);
-    for round in 0..rounds {
+    for round in number("HEADWATER_FIRST", 0)..rounds {
         let mut random = Random::new(seed.wrapping_mul(1000).wrapping_add(round));
         let dir = tempfile::tempdir()?;
         let run = |program: &Path, words: &[&str]| finish(Command::new(program).current_dir(&dir).args(words));

@@ -320,8 +320,10 @@ impl Inner {
         bytes: &impl Fn(GuestRange) -> Iov,
         veto: &dyn Fn(GuestOffset) -> bool,
     ) -> Result<Fate> {
-        let now = self.top.lookup(self.clip(cluster))?;
-        let taken = now.is_some_and(|now| now.mapping != Mapping::Unallocated);
+        let cluster_on_disk = self.clip(cluster);
+        let now = self.top.lookup(cluster_on_disk)?;
+        // A cluster in parts is taken, too, whatever its first part is.
+        let taken = now.is_some_and(|now| now.mapping != Mapping::Unallocated || now.len < cluster_on_disk.len());
         Ok(if taken || veto(cluster.start()) {
             Fate::Leave
         } else if bytes(cluster).is_zero() {

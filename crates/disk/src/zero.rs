@@ -7,7 +7,7 @@
 use crate::disk::Inner;
 use crate::read::usize_of;
 use crate::view::{Found, mapped};
-use image::{Mapping, Result};
+use image::{Mapped, Mapping, Result};
 use layout::{GuestOffset, GuestRange};
 use ring::Iov;
 use std::rc::Rc;
@@ -109,15 +109,24 @@ impl Inner {
         Ok(())
     }
 
-    /// Whether the tables say that `part` (of one cluster) reads as zeros.
+    /// Whether the tables say that all of `part` (of one cluster, which may be mapped in parts) reads as zeros.
     async fn reads_as_zeros(&self, part: GuestRange) -> Result<bool> {
-        match mapped(&*self.top, part).await?.mapping {
-            Mapping::Data(_) | Mapping::Shared(_) | Mapping::Packed => return Ok(false),
-            Mapping::Zero => return Ok(true),
-            Mapping::Unallocated => {}
+        let mut rest = part;
+        while !rest.is_empty() {
+            let Mapped { len, mapping } = mapped(&*self.top, rest).await?;
+            match mapping {
+                Mapping::Data(_) | Mapping::Shared(_) | Mapping::Packed => return Ok(false),
+                Mapping::Zero => {}
+                Mapping::Unallocated => {
+                    let (run, view) = (rest.first(len), self.view());
+                    let below = self.held(async || view.resolve(1, view.depth(), run).await).await?;
+                    if below.len < run.len() || matches!(below.found, Found::Data(..) | Found::Packed(_)) {
+                        return Ok(false);
+                    }
+                }
+            }
+            rest = rest.skip(len);
         }
-        let view = self.view();
-        let below = self.held(async || view.resolve(1, view.depth(), part).await).await?;
-        Ok(below.len == part.len() && !matches!(below.found, Found::Data(..) | Found::Packed(_)))
+        Ok(true)
     }
 }

@@ -11,7 +11,7 @@ use super::resolve::{Table, disown};
 use crate::reservation::{Busy, Reserved};
 use crate::room::Held;
 use crate::slices::SlicePin;
-use crate::{Keep, Linked, Mapping, Purpose, Reservation, Result};
+use crate::{Keep, Linked, Mapped, Mapping, Purpose, Reservation, Result};
 use layout::qcow2::{L2Entry, Slice};
 use layout::{GuestOffset, GuestRange, HostOffset, HostRange};
 use ring::Iov;
@@ -88,8 +88,15 @@ impl Core {
                 continue;
             };
             let run = at.range(mapped.len);
-            // Runs end inside of a cluster where subclusters differ: such a cluster is replaced as a whole.
-            let whole = run.end().is_aligned(cluster) || run.end() == end;
+            // Runs end inside of a cluster where subclusters differ, be it behind the disk's end: such a cluster is replaced as a whole.
+            let whole =
+                run.end().is_aligned(cluster) || run.end() == end && self.is_alike(run.end().align_down(cluster));
+            let run = match run.end().align_down(cluster) {
+                boundary if !whole && boundary > at => GuestRange::between(at, boundary),
+                _ => run,
+            };
+            let whole = whole || run.end().is_aligned(cluster);
+            let mapped = Mapped { len: run.len(), ..mapped };
             let keep = match mapped.mapping {
                 Mapping::Data(host) if whole => {
                     let len = mapped.len.next_multiple_of(cluster);
@@ -114,6 +121,21 @@ impl Core {
             // Otherwise somebody populated it meanwhile: look again and zero that.
         }
         Ok(())
+    }
+}
+
+impl Core {
+    /// Whether the cluster at `at`, whose entry is in memory, is mapped alike from its first byte to its last.
+    pub(super) fn is_alike(&self, at: GuestOffset) -> bool {
+        let cache = self.cache.borrow();
+        let Some(slice) = cache.get(self.slice_of(at)) else { return true };
+        let (first, words) = (self.word_of(at), self.words());
+        let word = |n: usize| slice.raw().get(first + n).copied().unwrap_or(0);
+        let entry = L2Entry::decode(word(0), if words == 2 { word(1) } else { 0 }, &self.header.get());
+        match entry {
+            Ok(L2Entry::Subclusters(_, map)) => map.stored == u32::MAX || map.zero == u32::MAX,
+            _ => true,
+        }
     }
 }
 

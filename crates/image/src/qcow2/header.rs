@@ -188,6 +188,7 @@ impl Core {
         }
         self.check_nothing_behind(old).await?;
         self.zero_rest_of_last_cluster(old).await?;
+        self.mark_parts_behind(old).await?;
         self.commit().await?;
         self.lengthen_l1(size).await?;
         self.lengthen_data_file(old, size).await?;
@@ -319,6 +320,32 @@ impl Core {
                 }
             }
         }
+        Ok(())
+    }
+
+    /// Says of subclusters behind the disk's end `old` that they are zeros, whatever they were.
+    async fn mark_parts_behind(self: &Rc<Self>, old: u64) -> Result<()> {
+        let header = self.header.get();
+        let cluster = header.cluster_size();
+        let (at, inside) = (GuestOffset(old).align_down(cluster), old % cluster);
+        if self.words() == 1 || inside == 0 {
+            return Ok(());
+        }
+        let first = inside.div_ceil(cluster / 32);
+        if self.table(self.l1_index(at))? == Table::Nowhere || first == 32 {
+            return Ok(());
+        }
+        let (table, slice) = self.pin_entry(at).await?;
+        let index = self.word_of(at);
+        if self.is_alike(at) {
+            return Ok(());
+        }
+        let behind = u64::from(u32::MAX << first);
+        self.cache.borrow_mut().change(slice.number(), |slice| {
+            let map = slice.raw().get(index + 1).copied().unwrap_or(0);
+            slice.set(index + 1, map & !behind | behind << 32);
+        });
+        table.link();
         Ok(())
     }
 
