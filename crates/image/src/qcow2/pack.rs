@@ -11,6 +11,7 @@ use flate2::{Compress, FlushCompress, Status};
 use layout::qcow2::{Compression, L2Entry, Packed};
 use layout::{GuestOffset, HostOffset, HostRange};
 use ring::Iov;
+use std::cell::RefCell;
 use std::rc::Rc;
 
 /// Room for packed clusters is taken in steps of at least this.
@@ -59,20 +60,34 @@ impl Packing {
     }
 }
 
+thread_local! {
+    /// Making them costs memory and time; they are used again.
+    static DEFLATE: RefCell<Compress> =
+        RefCell::new(Compress::new_with_window_bits(flate2::Compression::default(), false, DEFLATE_WINDOW_BITS));
+    static ZSTD: RefCell<Option<zstd::bulk::Compressor<'static>>> = const { RefCell::new(None) };
+}
+
 /// Packs one cluster; `None` where that saves nothing.
 pub(super) fn pack(how: Compression, cluster: &[u8]) -> std::io::Result<Option<Vec<u8>>> {
     let most = cluster.len() - 1;
     match how {
         Compression::Deflate => {
-            let mut deflate =
-                Compress::new_with_window_bits(flate2::Compression::default(), false, DEFLATE_WINDOW_BITS);
             let mut packed = vec![0; most];
-            let status = deflate.compress(cluster, &mut packed, FlushCompress::Finish)?;
-            packed.truncate(deflate.total_out() as usize);
-            Ok((status == Status::StreamEnd).then_some(packed))
+            DEFLATE.with_borrow_mut(|deflate| {
+                deflate.reset();
+                let status = deflate.compress(cluster, &mut packed, FlushCompress::Finish)?;
+                packed.truncate(deflate.total_out() as usize);
+                Ok((status == Status::StreamEnd).then_some(packed))
+            })
         }
         Compression::Zstd => {
-            let packed = zstd::bulk::compress(cluster, zstd::DEFAULT_COMPRESSION_LEVEL)?;
+            let packed = ZSTD.with_borrow_mut(|slot| {
+                let packer = match slot {
+                    Some(packer) => packer,
+                    None => slot.insert(zstd::bulk::Compressor::new(zstd::DEFAULT_COMPRESSION_LEVEL)?),
+                };
+                packer.compress(cluster)
+            })?;
             Ok((packed.len() <= most).then_some(packed))
         }
     }

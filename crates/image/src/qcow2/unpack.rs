@@ -1,64 +1,144 @@
 //! Packed clusters: a deflate stream or a zstd frame each, unpacked whole.
 //!
 //! **Invariants.** What an entry says of a packed cluster's length bounds what is read, and a cluster's size what is made of it:
-//! a bomb unpacks to one cluster. Unpacking is done beside the shard, by a helper thread. The last few clusters are kept: a
-//! guest reads in smaller pieces.
+//! a bomb unpacks to one cluster. Unpacking is done beside the shard, by a helper thread, several clusters at a time where
+//! several are asked for. Clusters of which only a part is read are kept for a while: a guest reads in smaller pieces.
 
 use super::Core;
 use super::resolve::Piece;
 use crate::inflate::inflate;
-use crate::{ErrorKind, Result};
+use crate::{Error, ErrorKind, Result};
+use futures_util::future::try_join_all;
 use layout::qcow2::{Compression, Packed};
-use layout::{GuestOffset, GuestRange};
+use layout::{GuestOffset, GuestRange, HostOffset, HostRange};
 use ring::Iov;
+use std::cell::RefCell;
 use std::io::Read;
+use std::ops::Range;
 use std::rc::Rc;
+
+/// Clusters that are unpacked at one go, at most; and their bytes (one in any case).
+const BATCH: usize = 64;
+const BATCH_BYTES: u64 = 512 << 10;
+
+/// Packed clusters that lie so near each other in the file are read together, bytes.
+const NEAR: u64 = 4096;
+
+/// A stretch of the file with packed clusters in it, and where they are there.
+struct Stretch {
+    range: HostRange,
+    clusters: Vec<Range<usize>>,
+}
 
 impl Core {
     /// Reads `range`, all of it in packed clusters, into `into`, which is as long.
     pub(super) async fn unpack_range(self: &Rc<Self>, range: GuestRange, into: &Iov) -> Result<()> {
+        let cluster = self.cluster_size();
         let mut rest = range;
         while !rest.is_empty() {
-            let cluster = rest.start().align_down(self.cluster_size());
-            let bytes = self.cluster(cluster, rest).await?;
-            let inside = (rest.start() - cluster) as usize;
-            let part = (bytes.len() - inside).min(rest.len() as usize);
-            into.write((rest.start() - range.start()) as usize, &bytes[inside..inside + part]);
-            rest = rest.skip(part as u64);
+            let start = rest.start().align_down(cluster);
+            let kept = self.kept.borrow().get(start);
+            if let Some(bytes) = kept {
+                rest = deliver(&bytes, start, range, rest, into);
+                continue;
+            }
+            let first = rest.start().align_down(cluster);
+            for (number, bytes) in (0..).zip(self.unpack_some(rest).await?) {
+                let start = first + number * cluster;
+                rest = deliver(&bytes, start, range, rest, into);
+                // Whoever reads only a part will come for the rest.
+                if start < range.start() || start + cluster > range.end() {
+                    self.kept.borrow_mut().put(start, bytes.into());
+                }
+            }
         }
         Ok(())
     }
 
-    /// The cluster that holds the start of `range`, unpacked.
-    async fn cluster(self: &Rc<Self>, cluster: GuestOffset, range: GuestRange) -> Result<Rc<[u8]>> {
-        if let Some(kept) = self.kept.borrow().get(cluster) {
-            return Ok(kept);
-        }
-        let packed = loop {
-            match self.piece(range)? {
-                None => self.load(range.start()).await?,
-                Some((Piece::Packed(packed), ..)) => break packed,
-                Some(_) => {
-                    let what = format!("the cluster at guest offset {cluster} is not packed");
-                    return Err(self.health.error(ErrorKind::InvalidArgument, None, what));
+    /// The clusters at the start of `range`, unpacked: one at least.
+    async fn unpack_some(self: &Rc<Self>, range: GuestRange) -> Result<Vec<Vec<u8>>> {
+        let stretches = self.packed_stretches(range).await?;
+        let reads = stretches.iter().map(async |stretch| {
+            let bytes = Iov::alloc(stretch.range.len() as usize);
+            self.store.read(stretch.range.start(), bytes.clone()).await?;
+            Ok::<_, Error>(bytes.to_vec())
+        });
+        let streams = try_join_all(reads).await?;
+        let places: Vec<HostOffset> = stretches
+            .iter()
+            .flat_map(|stretch| stretch.clusters.iter().map(|cluster| stretch.range.start() + cluster.start as u64))
+            .collect();
+        let (how, size) = (self.header.get().compression, self.cluster_size() as usize);
+        let unpacked = ring::unblock(move || {
+            let clusters = stretches.iter().zip(&streams);
+            let clusters = clusters.flat_map(|(stretch, bytes)| stretch.clusters.iter().map(|at| &bytes[at.clone()]));
+            clusters.map(|stream| unpack(how, stream, size)).collect::<Vec<_>>()
+        });
+        let mut clusters = Vec::new();
+        for (unpacked, at) in unpacked.await.into_iter().zip(places) {
+            match unpacked {
+                Ok(cluster) => clusters.push(cluster),
+                // Those in front of it are good; it is met again by itself.
+                Err(_) if !clusters.is_empty() => break,
+                Err(why) => {
+                    let guest = range.start().align_down(self.cluster_size());
+                    let what = format!("the packed cluster for guest offset {guest} cannot be unpacked: {why}");
+                    return Err(self.health.error(ErrorKind::Corrupt, Some(at), what));
                 }
             }
-        };
-        let stream = self.read_packed(packed).await?;
-        let (how, size) = (self.header.get().compression, self.cluster_size() as usize);
-        let unpacked = ring::unblock(move || unpack(how, &stream, size)).await;
-        let bytes: Rc<[u8]> = unpacked
-            .map_err(|why| {
-                let what = format!("the packed cluster for guest offset {cluster} cannot be unpacked: {why}");
-                self.health.error(ErrorKind::Corrupt, Some(packed.at), what)
-            })?
-            .into();
-        self.kept.borrow_mut().put(cluster, Rc::clone(&bytes));
-        Ok(bytes)
+        }
+        Ok(clusters)
+    }
+
+    /// Where the clusters at the start of `range` are packed: a batch of them at most, as far as they are and their tables are in
+    /// memory; one in any case.
+    async fn packed_stretches(self: &Rc<Self>, range: GuestRange) -> Result<Vec<Stretch>> {
+        let cluster = self.cluster_size();
+        let most = ((BATCH_BYTES / cluster) as usize).clamp(1, BATCH);
+        let mut stretches: Vec<Stretch> = Vec::new();
+        let mut rest = range;
+        while self.piece(rest)?.is_none() {
+            self.load(rest.start()).await?;
+        }
+        for number in 0..most {
+            if rest.is_empty() {
+                break;
+            }
+            let found = match self.piece(rest) {
+                Ok(Some((Piece::Packed(packed), ..))) => self.bounds(packed),
+                Ok(Some(_)) if number == 0 => {
+                    let what =
+                        format!("the cluster at guest offset {} is not packed", rest.start().align_down(cluster));
+                    return Err(self.health.error(ErrorKind::InvalidArgument, None, what));
+                }
+                Ok(_) => break,
+                Err(error) => Err(error),
+            };
+            let found = match found {
+                Ok(found) => found,
+                Err(error) if number == 0 => return Err(error),
+                // What is wrong with others is told when it is their turn.
+                Err(_) => break,
+            };
+            let near = |last: &Stretch| {
+                found.start() >= last.range.start() && found.start().get() <= last.range.end().get() + NEAR
+            };
+            if !stretches.last().is_some_and(near) {
+                stretches.push(Stretch { range: found.first(0), clusters: Vec::new() });
+            }
+            if let Some(last) = stretches.last_mut() {
+                let from = (found.start() - last.range.start()) as usize;
+                last.clusters.push(from..from + found.len() as usize);
+                let end = last.range.end().max(found.end());
+                last.range = HostRange::new(last.range.start(), end - last.range.start());
+            }
+            rest = rest.skip((cluster - rest.start().get() % cluster).min(rest.len()));
+        }
+        Ok(stretches)
     }
 
     /// The bytes of a packed cluster; the last one of a file may end before its last sector does.
-    async fn read_packed(&self, packed: Packed) -> Result<Vec<u8>> {
+    fn bounds(&self, packed: Packed) -> Result<HostRange> {
         let length = self.store.size();
         if packed.at.get() >= length {
             let what = "a packed cluster lies past the end of the file";
@@ -66,10 +146,33 @@ impl Core {
         }
         // An entry's length is at most some clusters, so this is bounded; nothing useful packs to more than two.
         let most = (2 * self.cluster_size()).max(1024);
-        let bytes = Iov::alloc(packed.len.min(length - packed.at.get()).min(most) as usize);
-        self.store.read(packed.at, bytes.clone()).await?;
-        Ok(bytes.to_vec())
+        Ok(packed.at.range(packed.len.min(length - packed.at.get()).min(most)))
     }
+}
+
+/// Copies what `bytes` (the cluster at `start`) holds of `rest` to its place in `into`, which is as long as `range`; what is left.
+fn deliver(bytes: &[u8], start: GuestOffset, range: GuestRange, rest: GuestRange, into: &Iov) -> GuestRange {
+    let inside = (rest.start() - start) as usize;
+    let part = (bytes.len() - inside).min(rest.len() as usize);
+    into.write((rest.start() - range.start()) as usize, &bytes[inside..inside + part]);
+    rest.skip(part as u64)
+}
+
+thread_local! {
+    /// Making one costs as much as unpacking a cluster.
+    static ZSTD: RefCell<Option<zstd::bulk::Decompressor<'static>>> = const { RefCell::new(None) };
+}
+
+/// Unpacks the frame at the start of `stream`, if it holds `size` bytes exactly and says where it ends.
+fn unpack_frame(stream: &[u8], size: usize) -> Option<Vec<u8>> {
+    let len = zstd::zstd_safe::find_frame_compressed_size(stream).ok()?;
+    ZSTD.with_borrow_mut(|slot| {
+        if slot.is_none() {
+            *slot = zstd::bulk::Decompressor::new().ok();
+        }
+        let cluster = slot.as_mut()?.decompress(stream.get(..len)?, size).ok()?;
+        (cluster.len() == size).then_some(cluster)
+    })
 }
 
 /// Unpacks one cluster of `size` bytes. What follows the stream is somebody else's.
@@ -83,6 +186,9 @@ fn unpack(how: Compression, stream: &[u8], size: usize) -> std::result::Result<V
             }
         }
         Compression::Zstd => {
+            if let Some(cluster) = unpack_frame(stream, size) {
+                return Ok(cluster);
+            }
             let frame = zstd::stream::read::Decoder::with_buffer(stream).map_err(|error| error.to_string())?;
             let mut cluster = vec![0; size];
             frame.single_frame().read_exact(&mut cluster).map_err(|error| error.to_string())?;
