@@ -86,9 +86,8 @@ async fn assert_shows(disk: &Disk, expected: &[u8], what: &str) {
     let all = Iov::alloc(expected.len());
     disk.read(GuestOffset(0), all.clone()).await.unwrap();
     let all = all.to_vec();
-    if all != expected {
-        panic!("{what}: from {:?} on", all.iter().zip(expected).position(|(a, b)| a != b));
-    }
+    let first = || all.iter().zip(expected).position(|(a, b)| a != b);
+    assert!(all == expected, "{what}: from {:?} on", first());
 }
 
 fn run(seed: u64, with_data_file: bool) {
@@ -114,7 +113,7 @@ fn run(seed: u64, with_data_file: bool) {
         }
         let mut shown = in_parts(&tables, &data, &below, &mut random).await;
         let top = open(tables.clone(), &data).await;
-        let options = DiskOptions { copy_on_read: seed % 2 == 0, discard: true, ..DiskOptions::default() };
+        let options = DiskOptions { copy_on_read: seed.is_multiple_of(2), discard: true, ..DiskOptions::default() };
         let disk = Disk::new("d", vec![Layer::new("top", "top", top), Layer::new("base", "base", base)], options);
         assert_shows(&disk, &shown, "before anything").await;
         for round in 0..12 + random.below(20) {
