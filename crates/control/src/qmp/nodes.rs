@@ -28,7 +28,7 @@ pub(crate) async fn list(engine: &Engine) -> Result<Vec<Value>, Failure> {
 }
 
 /// `BlockDeviceInfo`.
-fn describe(node: NodeInfo) -> Value {
+pub(crate) fn describe(node: NodeInfo) -> Value {
     let mut info = json!({
         "iops_rd": 0, "detect_zeroes": "off", "active": true, "image": node.image, "iops_wr": 0, "ro": node.read_only,
         "node-name": node.name, "backing_file_depth": 0, "drv": node.driver, "iops": 0, "bps_wr": 0, "write_threshold": 0,
