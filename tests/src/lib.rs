@@ -8,6 +8,7 @@
 //! guests are killed when dropped.
 #![forbid(unsafe_code)]
 
+pub mod front;
 pub mod guest;
 pub mod headwater;
 pub mod kill;

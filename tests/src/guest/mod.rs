@@ -46,6 +46,8 @@ pub enum Disk {
     Nbd(PathBuf, String),
     /// An image file, opened by QEMU itself in this format.
     File(PathBuf, &'static str),
+    /// Words of the emulator's own command line.
+    Words(Vec<String>),
 }
 
 /// A guest to be booted.
@@ -57,6 +59,7 @@ pub struct Guest {
     memory_mib: u32,
     processors: u32,
     boots_from_disk: bool,
+    emulator: Option<PathBuf>,
 }
 
 /// A guest that was started. Dropping it kills it.
@@ -107,6 +110,7 @@ impl Guest {
             memory_mib: 256,
             processors: 1,
             boots_from_disk: false,
+            emulator: None,
         }
     }
 
@@ -122,6 +126,13 @@ impl Guest {
     #[must_use]
     pub fn manifest(mut self, manifest: &str) -> Self {
         manifest.clone_into(&mut self.manifest);
+        self
+    }
+
+    /// Runs under this program, which takes QEMU's command line.
+    #[must_use]
+    pub fn emulator(mut self, program: &Path) -> Self {
+        self.emulator = Some(program.to_path_buf());
         self
     }
 
@@ -168,7 +179,10 @@ impl Guest {
     }
 
     fn command(&self, kernel: &kernel::Kernel, initramfs: &Path) -> Result<Command> {
-        let mut qemu = Command::new(peer::find("qemu-system-x86_64")?);
+        let mut qemu = match &self.emulator {
+            Some(program) => Command::new(program),
+            None => Command::new(peer::find("qemu-system-x86_64")?),
+        };
         let memory = format!("memory-backend-memfd,id=mem,size={}M,share=on", self.memory_mib);
         qemu.args(["-nodefaults", "-no-reboot", "-display", "none", "-serial", "stdio"])
             .args(["-accel", "tcg,thread=multi", "-machine", "q35,memory-backend=mem"])
@@ -197,6 +211,9 @@ impl Guest {
                 let file = json!({ "driver": "file", "filename": path });
                 let node = json!({ "driver": format, "node-name": "disk", "file": file });
                 virtio_blk(&mut qemu, &node);
+            }
+            Disk::Words(words) => {
+                qemu.args(words);
             }
         }
         Ok(qemu)
@@ -237,6 +254,11 @@ impl Running {
             Some(Ok(exit)) => Ok(Finished { reports: state.all.clone(), exit, console: text }),
             _ => Err(error!("the guest ended before its script\n{text}")),
         }
+    }
+
+    /// Its process.
+    pub fn id(&self) -> u32 {
+        self.child.id()
     }
 
     /// Ends it as pulling the plug would.
