@@ -223,6 +223,13 @@ fn a_domain_as_libvirt_starts_it() -> Result {
     let device = json!({"driver": "scsi-hd", "bus": "scsi0.0", "drive": "libvirt-3-format", "id": "sdb"});
     let wrong = json!({"driver": "scsi-hd", "bus": "no-such-bus", "drive": "libvirt-3-format", "id": "sdb"});
     qmp.refused("device_add", wrong)?;
+    // Once more from the start: it is let go of with its device.
+    for _ in 0..2 {
+        qmp.execute("device_add", device.clone())?;
+        qmp.execute("device_del", json!({ "id": "sdb" }))?;
+        qmp.event("DEVICE_DELETED")?;
+        assert_eq!(qmp.execute("query-block", json!({}))?.as_array().map(Vec::len), Some(1));
+    }
     qmp.execute("device_add", device)?;
     let blocks = qmp.execute("query-block", json!({}))?;
     let plugged =

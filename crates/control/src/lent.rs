@@ -14,7 +14,7 @@ pub(crate) struct Lent {
     node: String,
     server: Rc<NbdServer>,
     /// Keeps the node as long as it is served.
-    _hold: NodeUse,
+    hold: NodeUse,
 }
 
 impl ShardState {
@@ -27,7 +27,7 @@ impl ShardState {
         let disk = Rc::clone(hold.disk());
         let export = NbdExport { name: node.clone(), description: None, disk, read_only: !writable };
         let server = Rc::new(NbdServer::start(Address::Unix(socket), vec![export]).await?);
-        self.lent.borrow_mut().push(Lent { node, server, _hold: hold });
+        self.lent.borrow_mut().push(Lent { node, server, hold });
         Ok(())
     }
 
@@ -38,6 +38,15 @@ impl ShardState {
         let lent = self.lent.borrow_mut().remove(at);
         lent.server.stop().await;
         true
+    }
+
+    /// What each lent node's disk has for its top by now: a snapshot puts another node there.
+    fn lent_tops(&self) -> Vec<(String, String)> {
+        let top = |lent: &Lent| {
+            let chain = lent.hold.disk().chain();
+            (lent.node.clone(), chain.first().map_or_else(|| lent.node.clone(), |layer| layer.node.clone()))
+        };
+        self.lent.borrow().iter().map(top).collect()
     }
 
     /// Ends all of it.
@@ -57,6 +66,11 @@ impl Engine {
     pub async fn lend(&self, node: &str, socket: PathBuf, writable: bool) -> Result<(), Failure> {
         let node = node.to_owned();
         self.on_nodes(move |shard| async move { shard.lend(node, socket, writable).await }).await
+    }
+
+    /// Lent nodes, each with the node that is on top of its disk.
+    pub(crate) async fn lent_tops(&self) -> Result<Vec<(String, String)>, Failure> {
+        self.on_nodes(|shard| std::future::ready(Ok(shard.lent_tops()))).await
     }
 
     /// Takes a lent node back; whether it was lent.

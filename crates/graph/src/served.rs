@@ -19,6 +19,8 @@ pub struct Refers {
     pub names: Vec<String>,
     /// Nodes that must be there already.
     pub to: Vec<String>,
+    /// Objects (secrets, throttle groups) that must be there already.
+    pub objects: Vec<String>,
 }
 
 /// Where a guest's owner has something in mind that only it can open.
@@ -26,20 +28,26 @@ fn is_its_own(path: &str) -> bool {
     path.starts_with("/dev/fdset/") || path.starts_with("/dev/cdrom") || path.starts_with("/dev/sr")
 }
 
-/// Whether a file's name can be opened here.
+/// Whether a file's name can be opened here, and what it refers to.
 ///
 /// # Errors
 /// Why not.
-pub fn serves_name(name: &str) -> Result<(), Error> {
+pub fn serves_name(name: &str) -> Result<Refers, Error> {
+    let mut refers = Refers::default();
+    name_is_served(name, &mut refers, 0)?;
+    Ok(refers)
+}
+
+fn name_is_served(name: &str, refers: &mut Refers, depth: usize) -> Result<(), Error> {
     if let Some(text) = name.strip_prefix("json:") {
         return match crate::json::parse(text.trim_start().as_bytes()).map_err(wrong)? {
-            Value::Object(tree) => serves_tree(&tree).map(drop),
+            Value::Object(tree) => tree_is_served(tree, refers, depth + 1),
             _ => Err(wrong("Invalid JSON object given")),
         };
     }
     if has_protocol(name) {
         return match meaning(name)? {
-            Meaning::Node { node, .. } => node_is_served(&node, &mut Refers::default(), 0),
+            Meaning::Node { node, .. } => node_is_served(&node, refers, depth),
             Meaning::Local => Ok(()),
         };
     }
@@ -96,7 +104,7 @@ fn child_is_served(child: &Child, refers: &mut Refers, depth: usize) -> Result<(
         Child::Name(name) => match name.strip_prefix("json:").map(|text| crate::json::parse(text.as_bytes())) {
             Some(Ok(Value::Object(tree))) => tree_is_served(tree, refers, depth + 1),
             Some(_) => Err(wrong("Invalid JSON object given")),
-            None => serves_name(name),
+            None => name_is_served(name, refers, depth + 1),
         },
     }
 }
@@ -108,10 +116,13 @@ fn node_is_served(node: &Node, refers: &mut Refers, depth: usize) -> Result<(), 
             _ => Ok(()),
         },
         Node::Null { .. } | Node::Nbd(_) => Ok(()),
-        Node::Debug { file, .. } | Node::Throttle { file, .. } | Node::CopyOnRead { file } => {
+        Node::Throttle { group, file } => {
+            refers.objects.push(group.clone());
             child_is_served(file, refers, depth)
         }
-        Node::Format { file, below, .. } => {
+        Node::Debug { file, .. } | Node::CopyOnRead { file } => child_is_served(file, refers, depth),
+        Node::Format { file, below, key_secret, .. } => {
+            refers.objects.extend(key_secret.clone());
             child_is_served(file, refers, depth)?;
             match below {
                 Backing::Child(child) => child_is_served(child, refers, depth),
@@ -145,10 +156,12 @@ mod tests {
     #[test]
     fn trees_say_which_nodes_they_name_and_need() {
         let refers = told(json!({"driver": "qcow2", "node-name": "f", "file": "s", "backing": "b"})).unwrap();
-        assert_eq!(refers, Refers { names: vec!["f".into()], to: vec!["s".into(), "b".into()] });
+        assert_eq!(refers, Refers { names: vec!["f".into()], to: vec!["s".into(), "b".into()], objects: Vec::new() });
         let inner = json!({"driver": "file", "node-name": "s", "filename": "x", "aio": "native"});
         let refers = told(json!({"driver": "raw", "node-name": "f", "file": inner, "discard": "unmap"})).unwrap();
-        assert_eq!(refers, Refers { names: vec!["f".into(), "s".into()], to: Vec::new() });
+        assert_eq!((refers.names, refers.to), (vec!["f".into(), "s".into()], Vec::new()));
+        let encrypted = json!({"driver": "luks", "node-name": "f", "file": {"filename": "x"}, "key-secret": "k"});
+        assert_eq!(told(encrypted).unwrap().objects, ["k"]);
         assert!(told(json!({"driver": "iscsi", "node-name": "x", "portal": "p"})).is_err());
         assert!(told(json!({"driver": "raw", "file": {"driver": "host_cdrom", "filename": "/dev/sr0"}})).is_err());
         assert!(told(json!({"driver": "qcow2", "file": "s", "no-such-option": 1})).is_err());

@@ -68,6 +68,8 @@ struct Inner {
     manners: Mutex<HashMap<String, Manners>>,
     /// Nodes that QEMU has a client for.
     lent: Mutex<Vec<String>>,
+    /// Which node a device of the guest came with, by the device's id.
+    devices: Mutex<HashMap<String, String>>,
 }
 
 /// A monitor whose place is taken, and whose clients wait.
@@ -115,6 +117,7 @@ impl Joined {
                 drives: Mutex::default(),
                 manners: Mutex::default(),
                 lent: Mutex::default(),
+                devices: Mutex::default(),
             }),
         }
     }
@@ -168,6 +171,18 @@ impl Joined {
         tree.insert("read-only".to_owned(), json!(read_only));
         tree.extend(handed_on);
         Ok(Some(tree))
+    }
+
+    /// A device of the guest has a node for its drive.
+    pub fn add_device(&self, id: &str, node: &str) {
+        locked(&self.inner.devices).insert(id.to_owned(), node.to_owned());
+    }
+
+    /// A device of the guest is gone: the node that nobody in the guest has any more.
+    fn device_gone(&self, id: &str) -> Option<String> {
+        let mut devices = locked(&self.inner.devices);
+        let node = devices.remove(id)?;
+        (!devices.values().any(|other| *other == node)).then_some(node)
     }
 
     /// Takes a node back that QEMU has let go of.

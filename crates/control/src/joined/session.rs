@@ -38,6 +38,8 @@ pub(super) struct Session {
     /// Our events since negotiation; `None` before it.
     events: Option<mpsc::Receiver<Stamped>>,
     asked: u64,
+    /// Nodes that the guest's devices have let go of, and QEMU's clients not yet.
+    released: Vec<String>,
 }
 
 fn refused(failure: Failure) -> Value {
@@ -65,13 +67,17 @@ async fn next_event(events: &mut Option<mpsc::Receiver<Stamped>>) -> Option<Stam
     }
 }
 
+fn node_named(node: &str) -> Map<String, Value> {
+    Map::from_iter([("node-name".to_owned(), json!(node))])
+}
+
 fn string(arguments: &Map<String, Value>, key: &str) -> String {
     arguments.get(key).and_then(Value::as_str).unwrap_or_default().to_owned()
 }
 
 impl Session {
     pub(super) fn new(joined: Joined, client: Wire, emulator: Wire) -> Self {
-        Self { joined, client, emulator, events: None, asked: 0 }
+        Self { joined, client, emulator, events: None, asked: 0, released: Vec::new() }
     }
 
     /// Until one of the three is gone.
@@ -128,10 +134,25 @@ impl Session {
         let framed = message.ok().flatten().ok_or(End::Emulator)?;
         let value = framed.map_err(|_| End::Emulator)?;
         if value.get("event").is_some() {
+            if value["event"] == "DEVICE_DELETED" {
+                let device = value.pointer("/data/device").and_then(Value::as_str);
+                self.released.extend(device.and_then(|id| self.joined.device_gone(id)));
+            }
             self.tell(&value).await?;
             return Ok(None);
         }
         Ok(Some(value))
+    }
+
+    /// Nodes that no device of the guest has any more are only ours again. Others may have been quicker, and QEMU may still have a
+    /// use for one: then `blockdev-del` is what ends it.
+    async fn let_go(&mut self) -> Step<()> {
+        while let Some(node) = self.released.pop() {
+            if self.joined.is_lent(&node) && self.ask("blockdev-del", node_named(&node)).await?.is_ok() {
+                let _ = self.joined.take_back(&node).await;
+            }
+        }
+        Ok(())
     }
 
     /// Asks QEMU, and waits for its answer; meanwhile events go on.
@@ -175,6 +196,7 @@ impl Session {
     }
 
     async fn obey(&mut self, framed: Framed) -> Step<()> {
+        self.let_go().await?;
         let (id, answer) = match framed {
             Ok(Value::Object(mut request)) => {
                 let id = request.shift_remove("id");
@@ -428,13 +450,13 @@ impl Session {
         if command == "device_add" {
             pausing(&mut arguments);
         }
+        let device = string(&arguments, "id");
         let answer = self.ask(command, arguments).await?;
-        if fresh && answer.is_err() {
-            let mut gone = Map::new();
-            gone.insert("node-name".to_owned(), json!(node));
-            if self.ask("blockdev-del", gone).await?.is_ok() {
-                let _ = self.joined.take_back(&node).await;
-            }
+        if command == "device_add" && answer.is_ok() && !device.is_empty() {
+            self.joined.add_device(&device, &node);
+        }
+        if fresh && answer.is_err() && self.ask("blockdev-del", node_named(&node)).await?.is_ok() {
+            let _ = self.joined.take_back(&node).await;
         }
         Ok(answer)
     }

@@ -77,18 +77,20 @@ impl Joined {
                 ours.clients.push(drive.client.clone());
             }
         }
-        let lent = locked(&self.inner.lent).clone();
+        let lent = self.engine().lent_tops().await?;
         if !lent.is_empty() {
             let nodes = self.engine().on_nodes(|shard| ready(Ok(shard.graph().list()))).await?;
             let by_name: HashMap<&str, &NodeInfo> = nodes.iter().map(|node| (node.name.as_str(), node)).collect();
-            for name in &lent {
-                if let Some(node) = by_name.get(name.as_str()) {
+            for (name, top) in lent {
+                // A filter is shown as what it is.
+                let shown = by_name.get(name.as_str()).filter(|node| node.driver == "copy-on-read");
+                if let Some(node) = shown.or_else(|| by_name.get(top.as_str())).or_else(|| by_name.get(name.as_str())) {
                     let below = chain_below(node, &by_name);
                     ours.inserted.insert(name.clone(), nested(describe_node((*node).clone()), below));
                 }
+                ours.clients.push(name);
             }
         }
-        ours.clients.extend(lent);
         Ok(ours)
     }
 

@@ -4,10 +4,12 @@
 //! where its bytes are is exchanged. One that is not ours stays as it was written.
 
 use super::line::{Line, Opt};
+use super::nodes::not_understood;
 use control::CacheMode;
 use control::joined::RECONNECT_DELAY;
 use image::Format;
 use serde_json::{Map, Value, json};
+use std::collections::HashSet;
 use std::path::Path;
 
 /// What of a drive is QEMU's business. (`cache` is both's.)
@@ -104,17 +106,20 @@ pub(super) struct Places {
     /// Where a drive is that does not say it.
     default_interface: String,
     snapshot: bool,
+    /// Objects that disks may refer to.
+    objects: HashSet<String>,
 }
 
 impl Places {
     /// For a machine as `line` describes it, under an emulator of this name.
-    pub(super) fn of(line: &Line, emulator: &str) -> Self {
+    pub(super) fn of(line: &Line, emulator: &str, objects: &HashSet<String>) -> Self {
         let pc = ["x86_64", "i386", "kvm"].iter().any(|kind| emulator.contains(kind));
         let q35 = line.values(&["M", "machine"]).any(|machine| machine.contains("q35"));
         Self {
             per_ide_bus: if q35 { 1 } else { 2 },
             default_interface: if pc { "ide" } else { "virtio" }.to_owned(),
             snapshot: line.has("snapshot"),
+            objects: objects.clone(),
             ..Self::default()
         }
     }
@@ -222,8 +227,13 @@ impl Places {
             Ok(name) => name,
             Err(why) => return not_ours(&id, &why),
         };
-        if let Err(error) = graph::serves_name(&file) {
-            return not_ours(&id, &error.to_string());
+        match graph::serves_name(&file) {
+            Ok(refers) => {
+                if let Some(object) = refers.objects.iter().find(|object| !self.objects.contains(*object)) {
+                    return not_ours(&id, &not_understood(object));
+                }
+            }
+            Err(error) => return not_ours(&id, &error.to_string()),
         }
         let cache = match cache_mode(&kept) {
             Ok(cache) => cache,
@@ -302,7 +312,7 @@ mod tests {
 
     fn fates(words: &[&str]) -> Vec<Fate> {
         let line = line(words);
-        let mut places = Places::of(&line, "qemu-system-x86_64");
+        let mut places = Places::of(&line, "qemu-system-x86_64", &HashSet::new());
         line.options.iter().filter_map(|option| places.fate(option)).collect()
     }
 

@@ -29,6 +29,8 @@ pub(super) struct Nodes {
     pub(super) lent: HashMap<usize, Vec<String>>,
     /// Devices that use them, by their options, as QEMU is to have them.
     pub(super) devices: HashMap<usize, Vec<OsString>>,
+    /// Ids of those devices, and their nodes.
+    pub(super) used_by: Vec<(String, String)>,
     /// What its user may want to know.
     pub(super) notes: Vec<String>,
 }
@@ -42,6 +44,11 @@ pub(super) fn tree(text: &str, implied: &str) -> Option<Map<String, Value>> {
         };
     }
     graph::keyval(text, Some(implied)).ok()
+}
+
+/// An object that only QEMU knows.
+pub(super) fn not_understood(object: &str) -> String {
+    format!("the object '{object}' is not understood here")
 }
 
 /// Every string in a tree: among them the names of nodes it refers to.
@@ -65,13 +72,16 @@ fn drive_of(option: &Opt) -> Option<(Map<String, Value>, String)> {
 
 impl Nodes {
     /// Reads the line.
-    pub(super) fn of(line: &Line) -> Self {
+    pub(super) fn of(line: &Line, objects: &HashSet<String>) -> Self {
         let mut trees: Vec<Tree> = Vec::new();
         for (at, option) in line.options.iter().enumerate().filter(|(_, option)| option.name == "blockdev") {
             let Some(found) = option.value().and_then(|text| tree(text, "driver")) else { continue };
             let Ok(found) = graph::nested(found) else { continue };
             let (names, why_not) = match graph::serves_tree(&found) {
-                Ok(refers) => (refers.names, None),
+                Ok(refers) => {
+                    let missing = refers.objects.iter().find(|object| !objects.contains(*object));
+                    (refers.names, missing.map(|object| not_understood(object)))
+                }
                 Err(error) => {
                     let own = found.get("node-name").and_then(Value::as_str);
                     (own.map(str::to_owned).into_iter().collect(), Some(error.to_string()))
@@ -112,10 +122,11 @@ impl Nodes {
         }
         let lent: HashSet<&String> = nodes.lent.values().flatten().collect();
         for (at, option) in devices {
-            if let Some((device, node)) = drive_of(option)
-                && lent.contains(&node)
-                && let Some(value) = pausing(option.value().unwrap_or_default(), &device)
-            {
+            let Some((device, node)) = drive_of(option).filter(|(_, node)| lent.contains(node)) else { continue };
+            if let Some(id) = device.get("id").and_then(Value::as_str) {
+                nodes.used_by.push((id.to_owned(), node));
+            }
+            if let Some(value) = pausing(option.value().unwrap_or_default(), &device) {
                 nodes.devices.insert(at, vec![option.words()[0].clone(), value.into()]);
             }
         }
@@ -175,7 +186,7 @@ mod tests {
     use super::*;
 
     fn nodes(words: &[&str]) -> Nodes {
-        Nodes::of(&Line::read(words.iter().map(OsString::from)).unwrap())
+        Nodes::of(&Line::read(words.iter().map(OsString::from)).unwrap(), &HashSet::from(["known".to_owned()]))
     }
 
     const STORAGE: &str = r#"{"driver":"file","filename":"/x.qed","node-name":"libvirt-1-storage","auto-read-only":true,"discard":"unmap"}"#;
@@ -210,6 +221,15 @@ mod tests {
         let nodes = nodes(&["-blockdev", base, "-blockdev", top, "-device", "virtio-blk-pci,drive=f"]);
         assert!(nodes.ours.is_empty() && nodes.devices.is_empty());
         assert!(nodes.notes[0].contains("'s', 'f'") && nodes.notes[0].contains("iscsi"), "{:?}", nodes.notes);
+    }
+
+    #[test]
+    fn a_secret_that_is_not_understood_leaves_a_disk_to_qemu() {
+        let tree =
+            |secret: &str| format!("driver=luks,node-name=f,file.driver=file,file.filename=x,key-secret={secret}");
+        let with = |secret: &str| nodes(&["-blockdev", &tree(secret), "-device", "virtio-blk-pci,drive=f"]);
+        assert!(!with("known").is_empty());
+        assert!(with("other").is_empty() && with("other").notes[0].contains("'other'"));
     }
 
     #[test]

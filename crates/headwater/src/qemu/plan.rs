@@ -4,7 +4,7 @@
 use super::drives::{Drive, Fate, Places};
 use super::line::Line;
 use super::monitors::{Monitor, Monitors};
-use super::nodes::Nodes;
+use super::nodes::{Nodes, tree};
 use serde_json::{Map, Value};
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
@@ -27,6 +27,8 @@ pub(super) struct Plan {
     pub(super) drives: Vec<Drive>,
     /// Trees of nodes, in their order.
     pub(super) trees: Vec<Map<String, Value>>,
+    /// Devices that have a node of ours, and which.
+    pub(super) used_by: Vec<(String, String)>,
     pub(super) monitors: Vec<Monitor>,
     /// Objects that nodes and disks may refer to.
     pub(super) objects: Vec<String>,
@@ -40,10 +42,13 @@ impl Plan {
     /// Reads the line, for an emulator of this name.
     pub(super) fn of(line: &Line, emulator: &Path) -> Self {
         let name = emulator.file_name().and_then(|name| name.to_str()).unwrap_or_default();
-        let mut places = Places::of(line, name);
-        let mut nodes = Nodes::of(line);
+        let objects: Vec<&str> = line.values(&["object"]).filter(|object| is_for_disks(object)).collect();
+        let known = objects.iter().filter_map(|object| id_of(object)).collect();
+        let mut places = Places::of(line, name, &known);
+        let mut nodes = Nodes::of(line, &known);
         let Monitors { ours: monitors, notes } = Monitors::of(line);
         let mut plan = Self { notes: std::mem::take(&mut nodes.notes), ..Self::default() };
+        plan.objects = objects.into_iter().map(str::to_owned).collect();
         for (at, option) in line.options.iter().enumerate() {
             let words = || Part::Words(option.words().to_vec());
             if let Some(fate) = places.fate(option) {
@@ -69,9 +74,6 @@ impl Plan {
             } else if option.name == "pidfile" {
                 plan.pid_file = option.value().map(PathBuf::from);
             } else {
-                if option.name == "object" {
-                    plan.objects.extend(option.value().filter(|object| is_for_disks(object)).map(str::to_owned));
-                }
                 plan.parts.push(words());
             }
         }
@@ -79,6 +81,7 @@ impl Plan {
             plan.notes.extend(notes);
         }
         plan.monitors = monitors;
+        plan.used_by = std::mem::take(&mut nodes.used_by);
         plan.nothing_is_ours(nodes.is_empty());
         plan
     }
@@ -100,6 +103,10 @@ impl Plan {
 fn is_for_disks(text: &str) -> bool {
     ["secret", "throttle-group"].iter().any(|kind| text.contains(kind))
         && graph::Objects::new(&[text.to_owned()]).is_ok()
+}
+
+fn id_of(object: &str) -> Option<String> {
+    tree(object, "qom-type")?.get("id")?.as_str().map(str::to_owned)
 }
 
 #[cfg(test)]

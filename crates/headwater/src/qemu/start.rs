@@ -102,7 +102,7 @@ impl Private {
 pub(super) async fn serve(plan: &Plan, program: &Path, overlays: &Overlays) -> Result<u8, String> {
     // Before anything is there to clean up, so that no signal finds the default action.
     let mut ends = Ends::watch()?;
-    let dir = tempfile::Builder::new().prefix("headwater-").tempdir().map_err(|error| error.to_string())?;
+    let dir = private_folder()?;
     let config = EngineConfig { objects: plan.objects.clone(), ..EngineConfig::default() };
     let engine = Engine::start(&config).map_err(|error| format!("could not start: {error}"))?;
     let run = Run { plan, engine: engine.clone(), dir: dir.path() };
@@ -118,6 +118,15 @@ pub(super) async fn serve(plan: &Plan, program: &Path, overlays: &Overlays) -> R
     let code = ended?;
     closed?;
     Ok(code)
+}
+
+/// A folder that nobody else may enter, with a path that leaves room for sockets' names: there is little.
+fn private_folder() -> Result<TempDir, String> {
+    const LONGEST: usize = 64;
+    let usual = std::env::temp_dir();
+    let place = if usual.as_os_str().len() > LONGEST { PathBuf::from("/tmp") } else { usual };
+    let made = tempfile::Builder::new().prefix("headwater-").tempdir_in(&place);
+    made.map_err(|error| format!("could not make a folder in '{}': {error}", place.display()))
 }
 
 /// What is carried out.
@@ -143,6 +152,9 @@ impl Run<'_> {
         for tree in &self.plan.trees {
             let name = tree.get("node-name").and_then(Value::as_str).unwrap_or("?");
             joined.add_node(tree.clone()).await.map_err(|failure| format!("-blockdev '{name}': {failure}"))?;
+        }
+        for (device, node) in &self.plan.used_by {
+            joined.add_device(device, node);
         }
         let mut monitors = Vec::new();
         for Monitor { seat, pretty, .. } in &self.plan.monitors {
