@@ -12,6 +12,7 @@ pub mod front;
 pub mod guest;
 pub mod headwater;
 pub mod kill;
+pub mod libvirt;
 pub mod master;
 pub mod nbd;
 pub mod nbdkit;

@@ -29,6 +29,9 @@ pub const BOOT_PATIENCE: Duration = Duration::from_mins(3);
 /// Lines of the console that tell the test something begin with this.
 const REPORT: &str = "@@";
 
+/// Mitigations cost an emulated processor much and protect it from nothing.
+const KERNEL_LINE: &str = "console=ttyS0 quiet loglevel=1 panic=-1 mitigations=off";
+
 /// Whether guests can run here.
 pub fn available() -> Result {
     peer::find("qemu-system-x86_64")?;
@@ -178,6 +181,15 @@ impl Guest {
         Ok(Running { child, input, console, _initramfs: initramfs })
     }
 
+    /// What somebody else boots it with: the kernel, the initramfs (made in `dir`), and the kernel's own line.
+    pub fn parts(&self, dir: &Path) -> Result<(PathBuf, PathBuf, &'static str)> {
+        let kernel = kernel::Kernel::find()?;
+        let archive = initramfs::build(&kernel, &self.script, &self.manifest, self.boots_from_disk)?;
+        let path = dir.join("initramfs");
+        std::fs::write(&path, archive)?;
+        Ok((kernel.image, path, KERNEL_LINE))
+    }
+
     fn command(&self, kernel: &kernel::Kernel, initramfs: &Path) -> Result<Command> {
         let mut qemu = match &self.emulator {
             Some(program) => Command::new(program),
@@ -192,8 +204,7 @@ impl Guest {
             .arg(&kernel.image)
             .arg("-initrd")
             .arg(initramfs)
-            // Mitigations cost an emulated processor much and protect it from nothing.
-            .args(["-append", "console=ttyS0 quiet loglevel=1 panic=-1 mitigations=off"]);
+            .args(["-append", KERNEL_LINE]);
         match &self.disk {
             Disk::VhostUser(socket) => {
                 let path = socket.display();
