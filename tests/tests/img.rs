@@ -294,6 +294,55 @@ fn what_is_said_of_images_is_the_same() -> Result {
     Ok(())
 }
 
+/// Formats that are only read: what QEMU makes, both say the same of.
+#[test]
+fn what_is_said_of_masters_is_the_same() -> Result {
+    peer!("headwater", "qemu-img");
+    let sides = Sides::new("qemu-img")?;
+    sides.both(|dir| master(&dir.join("m.raw"), SIZE, 1))?;
+    for (options, format) in [
+        ("-o subformat=monolithicSparse", "vmdk"),
+        ("-o subformat=streamOptimized", "vmdk"),
+        ("-o subformat=monolithicFlat", "vmdk"),
+        ("-o subformat=twoGbMaxExtentSparse", "vmdk"),
+        ("-o subformat=twoGbMaxExtentFlat", "vmdk"),
+        ("-o nocow=off", "qcow"),
+        ("-o static=off", "vdi"),
+        ("-o static=on", "vdi"),
+        ("-o force_size=on", "vpc"),
+        ("-o block_size=1M", "vhdx"),
+        ("-o subformat=fixed", "vhdx"),
+    ] {
+        let line = format!("convert -f raw -O {format} {options} m.raw a.{format}");
+        let made = Command::new("qemu-img").current_dir(&sides.theirs).args(line.split(' ')).output()?;
+        assert!(made.status.success(), "{line}: {made:?}");
+        for entry in fs::read_dir(&sides.theirs)? {
+            let path = entry?.path();
+            fs::copy(&path, sides.ours.join(path.file_name().ok_or("a file has a name")?))?;
+        }
+        let json = |output: &Output| serde_json::from_slice::<serde_json::Value>(&output.stdout);
+        let (ours, theirs) = sides.run(&format!("info --output json a.{format}"))?;
+        // A copied file may take up another number of blocks.
+        let without_blocks = |mut value: serde_json::Value| {
+            value.as_object_mut().map(|fields| fields.remove("actual-size"));
+            for child in value["children"].as_array_mut().into_iter().flatten() {
+                child["info"].as_object_mut().map(|fields| fields.remove("actual-size"));
+            }
+            value
+        };
+        assert_eq!(without_blocks(json(&ours)?), without_blocks(json(&theirs)?), "{options}");
+        // Of holes where disks lie plainly QEMU says that they are data, and zeros; of VHDX it says nothing.
+        if !["Flat", "static=on", "fixed"].iter().any(|plain| options.contains(plain)) && format != "vhdx" {
+            let (ours, theirs) = sides.run(&format!("map --output json a.{format}"))?;
+            assert_eq!(json(&ours)?, json(&theirs)?, "{options}");
+        }
+        sides.same(&format!("compare -f {format} -F raw a.{format} m.raw"))?;
+        sides.same(&format!("convert -O qcow2 a.{format} b.qcow2"))?;
+        sides.hold_the_same("b.qcow2", "qcow2")?;
+    }
+    Ok(())
+}
+
 #[test]
 fn dd_copies_blocks() -> Result {
     peer!("headwater", "qemu-img");

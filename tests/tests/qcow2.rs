@@ -176,9 +176,16 @@ fn info_and_map_say_what_the_reference_says() -> Result {
 #[test]
 fn masters_of_other_formats_stream_in() -> Result {
     peer!("headwater", "qemu-img");
-    for (format, options) in
-        [("vdi", "static=off"), ("vpc", "subformat=dynamic,force_size=on"), ("parallels", "cluster_size=1M")]
-    {
+    for (format, options) in [
+        ("vdi", "static=off"),
+        ("vpc", "subformat=dynamic,force_size=on"),
+        ("parallels", "cluster_size=1M"),
+        ("vmdk", "subformat=monolithicSparse"),
+        ("vmdk", "subformat=streamOptimized"),
+        ("vmdk", "subformat=twoGbMaxExtentFlat"),
+        ("qcow", "nocow=off"),
+        ("vhdx", "subformat=dynamic,block_size=1M"),
+    ] {
         let dir = tempfile::tempdir()?;
         let (raw, _) = masters(dir.path(), "compat=1.1")?;
         let master = dir.path().join("master");

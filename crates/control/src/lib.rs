@@ -14,6 +14,7 @@ pub mod qmp;
 pub mod shard;
 mod socket;
 pub mod spec;
+pub mod trace;
 
 pub use engine::{Ending, Engine, EngineConfig, Happening, Stamped};
 pub use error::{ErrorClass, Failure};

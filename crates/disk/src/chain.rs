@@ -246,6 +246,16 @@ async fn open_layers(opener: &dyn Opener, name: &str, options: &ChainOptions, la
         let (image, next) = open_one(opener, &backing.name, Some(referrer), backing.format, below_options)
             .await
             .map_err(|e| refuse(format!("could not open its backing file '{}'", backing.name)).because(e))?;
+        if let (Some(wanted), Some(found)) = (above.backing_identity(), image.identity())
+            && wanted != found
+        {
+            let _ = image.close().await;
+            return Err(refuse(format!(
+                "its backing file '{}' was changed since, or is another one: it says it is {found}, and {wanted} is needed; \
+                 put the one back that this image was made over",
+                backing.name
+            )));
+        }
         below = next;
         layers.push(Layer::new(new_node_name(), backing.name, image));
     }

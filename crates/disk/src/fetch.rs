@@ -132,6 +132,7 @@ impl Inner {
         let (inner, view, this) = (Rc::clone(self), Rc::clone(view), Rc::clone(&fetch));
         let inside = self.gate.enter_behind();
         drop(ring::spawn(async move {
+            tracing::trace!(target: "disk_fetch", disk = inner.name, %clusters, ?cause);
             let data = inner.fetch(&view, clusters).await;
             *this.data.borrow_mut() = Some(data.clone());
             this.arrived.notify_all();
@@ -139,6 +140,13 @@ impl Inner {
                 Ok(data) => inner.populate_from(&view, clusters, &data).await,
                 Err(error) => Err(error),
             };
+            match &outcome {
+                Ok(outcome) => {
+                    let (kept, zero, left) = (outcome.data, outcome.zero, outcome.left);
+                    tracing::trace!(target: "disk_fetch_done", disk = inner.name, %clusters, kept, zero, left);
+                }
+                Err(error) => tracing::trace!(target: "disk_fetch_failed", disk = inner.name, %clusters, %error),
+            }
             match &outcome {
                 Ok(outcome) if cause == Cause::Guest => {
                     inner.counters.update(|s| s.copy_on_read_bytes += outcome.data + outcome.zero);

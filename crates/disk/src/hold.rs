@@ -61,6 +61,7 @@ impl<'a> Hold<'a> {
         if self.next == FIRST {
             tracing::warn!(%error, "a source does not answer; the guest's request is held");
         }
+        tracing::trace!(target: "disk_request_held", %error);
         let span = self.jitter.spread(self.next);
         self.next = (self.next * 2).min(LONGEST);
         match select(pin!(ring::sleep(span)), pin!(self.gate.closing())).await {

@@ -177,7 +177,7 @@ impl Disk {
     /// does not answer ([`Error::is_unavailable`]) the request is held.
     pub async fn read(&self, at: GuestOffset, into: Iov) -> Result<()> {
         let len = into.len() as u64;
-        self.counted(Request::Read, len, async {
+        self.counted(Request::Read, "read", at, len, async {
             let _inside = self.inner.enter()?;
             let range = self.inner.check_range(at, len)?;
             self.inner.read(range, into).await
@@ -196,7 +196,7 @@ impl Disk {
             let range = inner.check_range(at, len)?;
             inner.write(range, from, fua).await
         });
-        self.counted(Request::Write, len, work).await
+        self.counted(Request::Write, "write", at, len, work).await
     }
 
     /// Makes the range read as zeros; `unmap` allows giving space back.
@@ -208,7 +208,7 @@ impl Disk {
             let range = inner.check_range(range.start(), range.len())?;
             inner.write_zeroes(range, unmap, fua).await
         });
-        self.counted(Request::Write, range.len(), work).await
+        self.counted(Request::Write, "write zeroes", range.start(), range.len(), work).await
     }
 
     /// Gives the space of whole clusters back; they read as zeros afterwards (what lies below never shows through again);
@@ -221,12 +221,12 @@ impl Disk {
             let range = inner.check_range(range.start(), range.len())?;
             inner.discard(range).await
         });
-        self.counted(Request::Unmap, range.len(), work).await
+        self.counted(Request::Unmap, "discard", range.start(), range.len(), work).await
     }
 
     /// Makes every completed write durable. Concurrent flushes share barriers. Allowed on a read-only disk.
     pub async fn flush(&self) -> Result<()> {
-        self.counted(Request::Flush, 0, async {
+        self.counted(Request::Flush, "flush", GuestOffset::ZERO, 0, async {
             let _inside = self.inner.enter()?;
             self.inner.commit().await
         })
@@ -300,10 +300,23 @@ impl Disk {
     }
 
     /// Runs a guest's request and counts it.
-    async fn counted(&self, request: Request, bytes: u64, work: impl Future<Output = Result<()>>) -> Result<()> {
+    async fn counted(
+        &self,
+        request: Request,
+        what: &'static str,
+        offset: GuestOffset,
+        bytes: u64,
+        work: impl Future<Output = Result<()>>,
+    ) -> Result<()> {
         let began = ring::now();
+        let disk = self.name();
+        tracing::trace!(target: "disk_request", disk, what, %offset, bytes);
         let result = work.await;
         self.inner.counters.ended(request, bytes, began, &result);
+        match &result {
+            Ok(()) => tracing::trace!(target: "disk_request_done", disk, what, %offset, bytes),
+            Err(error) => tracing::trace!(target: "disk_request_failed", disk, what, %offset, bytes, %error),
+        }
         result
     }
 }

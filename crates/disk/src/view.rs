@@ -7,7 +7,7 @@
 //! smallest end so far bounds what deeper layers may show.
 
 use crate::chain::Layer;
-use image::{Format, Image, Mapped, Mapping, Result};
+use image::{Image, Mapped, Mapping, Result};
 use layout::{GuestOffset, GuestRange, HostOffset, HostRange};
 use ring::sync::Event;
 use std::rc::Rc;
@@ -99,10 +99,10 @@ impl View {
         Ok(Run { len: range.len(), found: Found::Nothing })
     }
 
-    /// How much of a run of data is alike, and whether it is stored or a hole of a raw file.
+    /// How much of a run of data is alike, and whether it is stored or a hole of the file.
     pub(crate) async fn stored(&self, layer: usize, host: HostOffset, len: u64) -> Result<(u64, Backing)> {
         let image = self.image(layer);
-        if image.format() != Format::Raw {
+        if !image.lies_plainly() {
             return Ok((len, Backing::Data));
         }
         let extent = image.store().extent(HostRange::new(host, len)).await?;

@@ -236,3 +236,41 @@ fn a_stream_over_files_leaves_an_image_that_stands_alone() {
         disk.close().await.unwrap();
     });
 }
+
+/// A VMDK of one flat extent, `NAME.flat`.
+fn vmdk(folder: &Path, name: &str, cid: u32, parent: Option<(&str, u32)>) {
+    let (hint, parent_cid) = match parent {
+        Some((hint, cid)) => (format!("parentFileNameHint=\"{hint}\"\n"), cid),
+        None => (String::new(), u32::MAX),
+    };
+    let text = format!(
+        "# Disk DescriptorFile\nversion=1\nCID={cid:x}\nparentCID={parent_cid:x}\n{hint}RW {} FLAT \"{name}.flat\" 0\n",
+        SIZE / 512
+    );
+    std::fs::write(folder.join(name), text).unwrap();
+    raw(&folder.join(format!("{name}.flat")), cid as u8);
+}
+
+#[test]
+fn images_of_several_files_are_found_beside_them_and_a_changed_parent_is_noticed() {
+    in_folder(async |root| {
+        std::fs::create_dir(root.join("base")).unwrap();
+        vmdk(&root.join("base"), "base.vmdk", 7, None);
+        vmdk(root, "top.vmdk", 9, Some(("base/base.vmdk", 7)));
+        let top = root.join("top.vmdk");
+        let options = || ChainOptions { read_only: true, ..ChainOptions::default() };
+        let open = || async { open_chain(&FileOpener::default(), top.to_str().unwrap(), options()).await };
+        let disk = Disk::new("vmdk", open().await.unwrap(), DiskOptions::default());
+        assert_eq!((disk.chain().len(), first_byte(&disk).await), (2, 9));
+        disk.close().await.unwrap();
+        vmdk(&root.join("base"), "base.vmdk", 8, None);
+        let error = open().await.map(drop).unwrap_err();
+        assert!(
+            error.kind() == ErrorKind::Chain && error.to_string().contains("base/base.vmdk' was changed"),
+            "{error}"
+        );
+        std::fs::remove_file(root.join("base/base.vmdk.flat")).unwrap();
+        let error = open().await.map(drop).unwrap_err();
+        assert!(error.to_string().contains("base.vmdk.flat"), "{error}");
+    });
+}

@@ -26,6 +26,8 @@ const DEEPEST: usize = 16;
 pub struct Sources {
     files: FileOpener,
     objects: Rc<Objects>,
+    /// What is opened in place of any other file that an image names.
+    data_file: Option<String>,
     debugs: RefCell<Vec<Rc<DebugStore>>>,
     depth: Cell<usize>,
 }
@@ -51,6 +53,11 @@ impl Sources {
     /// For files opened like this, and these objects.
     pub fn new(files: FileOpener, objects: Rc<Objects>) -> Self {
         Self { files, objects, ..Self::default() }
+    }
+
+    /// With a data file that has moved: what images name otherwise is opened here.
+    pub fn with_data_file(self, name: Option<String>) -> Self {
+        Self { data_file: name, ..self }
     }
 
     /// What `--object` made.
@@ -193,7 +200,7 @@ impl Opener for Sources {
         referrer: &'a str,
         read_only: bool,
     ) -> LocalBoxFuture<'a, Result<Rc<dyn Store>>> {
-        self.files.companion(name, referrer, read_only)
+        self.files.companion(self.data_file.as_deref().unwrap_or(name), referrer, read_only)
     }
 
     fn identify(&self, name: &str, referrer: Option<&str>) -> String {

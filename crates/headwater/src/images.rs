@@ -22,8 +22,15 @@ pub(crate) enum Output {
 /// Reads a format's name as users write it.
 pub(crate) fn format_named(name: &str) -> Result<Format, String> {
     Format::from_name(name).ok_or_else(|| {
+        let names = |written: bool| {
+            let names: Vec<_> =
+                Format::ALL.into_iter().filter(|format| format.is_written() == written).map(Format::name).collect();
+            names.join(", ")
+        };
         format!(
-            "Unknown file format '{name}' (this Headwater knows raw, qed, qcow2 and, for reading, vdi, vpc, vhdx, vmdk, qcow, parallels)"
+            "Unknown file format '{name}' (this Headwater knows {} and, for reading, {})",
+            names(true),
+            names(false)
         )
     })
 }

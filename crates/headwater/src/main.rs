@@ -19,11 +19,16 @@ mod serve;
 mod size;
 mod storage_daemon;
 mod tool;
+mod trace;
 mod usage;
 
 use clap::{Parser, Subcommand};
 use exit::{Exit, Outcome};
 use img::{check, create, info, map};
+use tracing_subscriber::Layer;
+use tracing_subscriber::filter::FilterExt;
+use tracing_subscriber::layer::SubscriberExt;
+use tracing_subscriber::util::SubscriberInitExt;
 
 /// A block layer for virtual machine disks: the guest runs at once, its image arrives meanwhile.
 #[derive(Parser)]
@@ -138,7 +143,8 @@ fn main() -> std::process::ExitCode {
     let filter = tracing_subscriber::EnvFilter::try_from_env("HEADWATER_LOG")
         .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("warn"));
     let colour = std::env::var_os("NO_COLOR").is_none() && std::io::IsTerminal::is_terminal(&std::io::stderr());
-    tracing_subscriber::fmt().with_env_filter(filter).with_ansi(colour).with_writer(std::io::stderr).init();
+    let log = tracing_subscriber::fmt::layer().with_ansi(colour).with_writer(|| control::trace::Output);
+    tracing_subscriber::registry().with(log.with_filter(filter.or(control::trace::Points))).init();
     let command = match command() {
         Ok(command) => command,
         Err(exit) => return exit.into(),

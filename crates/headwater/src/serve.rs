@@ -3,6 +3,7 @@
 use crate::exit::{Exit, Outcome};
 use crate::images::format_named;
 use crate::size::parse;
+use crate::trace;
 use control::{CacheMode, DiskSpec, Engine, EngineConfig, Failure};
 use export::nbd::Address;
 use job::{OnError, StreamOptions};
@@ -46,6 +47,9 @@ pub(crate) struct Args {
     /// Listen for people (HMP)
     #[arg(long, value_name = "SOCK")]
     hmp: Vec<PathBuf>,
+    /// Tell what happens: [enable=]PATTERN[,events=FILE][,file=FILE]; help lists what there is
+    #[arg(short = 'T', long, value_name = "PATTERN")]
+    trace: Vec<String>,
     /// Write nothing, and refuse guests' writes
     #[arg(long)]
     read_only: bool,
@@ -68,6 +72,9 @@ struct Plan {
 }
 
 pub(crate) fn run(args: Args) -> Outcome {
+    if trace::options(&args.trace)? {
+        return Ok(Exit::Ok);
+    }
     let plan = plan(&args)?;
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
     runtime.map_err(|e| format!("could not set up the control thread: {e}"))?.block_on(serve(args, plan))

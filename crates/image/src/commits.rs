@@ -79,7 +79,12 @@ pub(crate) async fn commit<C: Epochs>(core: &Rc<C>) -> Result<()> {
 async fn run<C: Epochs>(core: Rc<C>) {
     loop {
         let upto = core.commits().state.borrow().tickets;
+        let image = core.health().name();
+        tracing::trace!(target: "image_commit", image);
         let result = core.commit_epoch().await;
+        if let Err(error) = &result {
+            tracing::trace!(target: "image_commit_failed", image, %error);
+        }
         let commits = core.commits();
         let mut state = commits.state.borrow_mut();
         match result {

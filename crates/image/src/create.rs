@@ -61,11 +61,9 @@ pub fn validate(options: &CreateOptions) -> Result<Vec<String>> {
     match options.format {
         Format::Raw => crate::raw::validate(options),
         Format::Qcow2 => qcow2::validate(options),
-        Format::Vdi | Format::Vpc | Format::Parallels | Format::Qcow | Format::Vmdk | Format::Vhdx => {
-            Err(unwritten(options.format))
-        }
         Format::Luks => Ok(Vec::new()),
         Format::Qed => crate::qed::validate(options),
+        format => Err(unwritten(format)),
     }
 }
 
@@ -74,14 +72,12 @@ pub async fn create(store: Rc<dyn Store>, options: &CreateOptions) -> Result<()>
     match options.format {
         Format::Raw => crate::raw::create(store, options).await,
         Format::Qcow2 => qcow2::create(store, options).await,
-        Format::Vdi | Format::Vpc | Format::Parallels | Format::Qcow | Format::Vmdk | Format::Vhdx => {
-            Err(unwritten(options.format))
-        }
         Format::Luks => match &options.passphrase {
             Some(passphrase) => crate::luks::create(store, options, passphrase).await,
             None => Err(crate::luks::no_passphrase(&*store, "key-secret")),
         },
         Format::Qed => crate::qed::create(store, options).await,
+        format => Err(unwritten(format)),
     }
 }
 

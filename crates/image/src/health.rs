@@ -37,6 +37,11 @@ impl Health {
         self.read_only
     }
 
+    /// The image's name.
+    pub(crate) fn name(&self) -> &str {
+        self.store.name()
+    }
+
     /// An error of this image.
     pub(crate) fn error(&self, kind: ErrorKind, offset: Option<HostOffset>, what: impl Into<String>) -> Error {
         Error::new(kind, self.store.name(), offset, what)
@@ -51,6 +56,7 @@ impl Health {
     pub(crate) fn fail(&self, error: Error) -> Error {
         let mut poison = self.poison.borrow_mut();
         if poison.is_none() {
+            tracing::trace!(target: "image_poisoned", image = self.store.name(), %error);
             tracing::error!(image = self.store.name(), %error, "the image refuses writes from now on");
             *poison = Some(error.clone());
             self.failed.notify_all();

@@ -17,6 +17,7 @@
 //! An image lives on one shard. Everything that is not `async` is atomic: [`Image::lookup`], [`Reservation::link`].
 #![forbid(unsafe_code)]
 
+pub mod amend;
 pub mod backing;
 pub mod bitmap;
 pub mod check;
@@ -26,11 +27,14 @@ pub mod create;
 pub mod error;
 mod grid;
 mod health;
+mod inflate;
+mod kept;
 mod luks;
+mod master;
 pub mod open;
 mod packed;
-mod paged;
 pub mod probe;
+mod qcow;
 pub mod qcow2;
 pub mod qed;
 pub mod raw;
@@ -40,6 +44,9 @@ mod slices;
 pub mod snapshot;
 mod space;
 mod tables;
+mod vhdx;
+pub mod vmdk;
+mod vpc;
 
 pub use backing::BackingRef;
 pub use bitmap::{Bitmap, BitmapAction, Bits};
@@ -108,6 +115,8 @@ pub struct ImageInfo {
     pub encrypted: bool,
     /// QCOW2: what it alone has.
     pub qcow2: Option<qcow2::Qcow2Info>,
+    /// VMDK: what it alone has.
+    pub vmdk: Option<vmdk::VmdkInfo>,
 }
 
 /// A disk image: tables that say where the guest's bytes are.
@@ -166,6 +175,22 @@ pub trait Image: 'static {
         true
     }
 
+    /// What images made over this one record of it, so that they notice when it was changed or is another one; `None` where the
+    /// format has nothing of the kind.
+    fn identity(&self) -> Option<String> {
+        None
+    }
+
+    /// What [`Image::identity`] the backing file must have, if this image recorded one.
+    fn backing_identity(&self) -> Option<String> {
+        None
+    }
+
+    /// Whether its data may be a hole of its store, which [`Store::extent`] tells: where a disk's bytes lie in a file as they are.
+    fn lies_plainly(&self) -> bool {
+        self.format() == Format::Raw
+    }
+
     /// Brings the tables into memory that `lookup` needs for the start of `range`. Single-flight. A caller alternates
     /// `lookup` and `load` until it has an answer; a loaded table stays at least until the caller's next await.
     fn load(&self, range: GuestRange) -> ImageFuture<'_, ()>;
@@ -208,6 +233,14 @@ pub trait Image: 'static {
     /// Publishes a new backing reference: everything durable → header → barrier. The caller sees to it that the guest's
     /// view does not change. Durable when it returns.
     fn set_backing(&self, backing: Option<BackingRef>) -> ImageFuture<'_, ()>;
+
+    /// Changes how the image says what it says; the guest sees the same. Nothing else is in flight; durable when it returns.
+    fn amend<'a>(&'a self, change: &'a amend::Amendment) -> ImageFuture<'a, ()> {
+        let _ = change;
+        let what = format!("Format driver '{}' does not support option amendment", self.format());
+        let error = Error::new(ErrorKind::Unsupported, self.store().name(), None, what);
+        Box::pin(async { Err(error) })
+    }
 
     /// Checks the tables against the specification and, as asked, repairs. Nothing else is in flight. Progress is a fraction.
     fn check(&self, repair: Repair) -> ImageFuture<'_, CheckReport>;

@@ -14,7 +14,7 @@ pub struct OpenOptions {
     pub for_check: bool,
 }
 
-/// Opens the other files that an image is made of: extents of a VMDK, the data file of a QCOW2.
+/// Opens the other files that an image is made of: extents of a VMDK, an index of a packed disk, the data file of a QCOW2.
 pub trait Companions {
     /// Opens the file that the image `referrer` (its store's name) calls `name`; a relative name is relative to that image's folder.
     /// Names are data from an untrusted header: whoever implements this decides what may be opened.
@@ -77,8 +77,13 @@ pub async fn open_in(
         Format::Raw => crate::raw::open(store, options),
         Format::Qcow2 => crate::qcow2::open(store, options, surroundings).await,
         Format::Luks => crate::luks::open(store, options, surroundings).await,
-        Format::Vdi | Format::Vpc | Format::Parallels => crate::grid::open(store, format, options).await,
-        Format::Qcow | Format::Vmdk | Format::Vhdx => crate::paged::open(store, format, options, surroundings).await,
+        Format::Vdi | Format::Parallels => crate::grid::open(store, format, options).await,
+        Format::Vpc => crate::vpc::open(store, options).await,
         Format::Qed => crate::qed::open(store, options).await,
+        Format::Qcow => crate::qcow::open(store, options).await,
+        Format::Zstd => crate::packed::open_zstd(store, options).await,
+        Format::Gzip => crate::packed::open_gzip(store, options, surroundings.companions).await,
+        Format::Vhdx => crate::vhdx::open(store, options).await,
+        Format::Vmdk => crate::vmdk::open(store, options, surroundings.companions).await,
     }
 }

@@ -24,17 +24,37 @@ pub enum Format {
     Vpc,
     /// Parallels', read only.
     Parallels,
-    /// QCOW, version 1, read only.
+    /// QCOW version 1, read only.
     Qcow,
     /// VMware's, read only.
     Vmdk,
     /// Hyper-V's, read only.
     Vhdx,
+    /// A raw disk packed with zstd, in frames with a seek table; read only.
+    Zstd,
+    /// A raw disk packed with gzip, in members or chunks that can be found; read only.
+    Gzip,
     /// An encrypted volume (LUKS, version 1).
     Luks,
 }
 
 impl Format {
+    /// All of them: first those that are written, too.
+    pub const ALL: [Self; 12] = [
+        Self::Raw,
+        Self::Qed,
+        Self::Qcow2,
+        Self::Vdi,
+        Self::Vpc,
+        Self::Parallels,
+        Self::Qcow,
+        Self::Vmdk,
+        Self::Vhdx,
+        Self::Zstd,
+        Self::Gzip,
+        Self::Luks,
+    ];
+
     /// The name users write: `raw`, `qed`.
     pub fn name(self) -> &'static str {
         match self {
@@ -47,25 +67,20 @@ impl Format {
             Self::Qcow => "qcow",
             Self::Vmdk => "vmdk",
             Self::Vhdx => "vhdx",
+            Self::Zstd => "zstd",
+            Self::Gzip => "gzip",
             Self::Luks => "luks",
         }
     }
 
     /// From the name users write.
     pub fn from_name(name: &str) -> Option<Self> {
-        match name {
-            "raw" => Some(Self::Raw),
-            "qed" => Some(Self::Qed),
-            "qcow2" => Some(Self::Qcow2),
-            "vdi" => Some(Self::Vdi),
-            "vpc" => Some(Self::Vpc),
-            "parallels" => Some(Self::Parallels),
-            "qcow" => Some(Self::Qcow),
-            "vmdk" => Some(Self::Vmdk),
-            "vhdx" => Some(Self::Vhdx),
-            "luks" => Some(Self::Luks),
-            _ => None,
-        }
+        Self::ALL.into_iter().find(|format| format.name() == name)
+    }
+
+    /// Whether images of it are made and written, not only read.
+    pub fn is_written(self) -> bool {
+        matches!(self, Self::Raw | Self::Qed | Self::Qcow2 | Self::Luks)
     }
 }
 
@@ -92,56 +107,90 @@ const FOREIGN_TAIL: [(&[u8], &str); 1] = [(b"koly", "DMG")];
 /// How many bytes at the start are looked at.
 const HEAD: usize = 512;
 
-/// What the first bytes look like; `Raw` when like nothing known. Formats that are recognised but not served (VMDK, VHDX, …)
+/// What some bytes are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Found {
+    /// A format that is served.
+    Known(Format),
+    /// One that is not, by its name.
+    Foreign(&'static str),
+    /// Nothing that is known.
+    Nothing,
+}
+
+/// What an image's first [`HEAD`] bytes say it is.
+fn by_head(head: &[u8]) -> Found {
+    let is = |magic: &[u8]| head.starts_with(magic);
+    let title = layout::vmdk::descriptor::TITLE.as_bytes();
+    let is_text = head.get(..title.len()).is_some_and(|text| text.eq_ignore_ascii_case(title));
+    let signature = head.get(layout::vdi::SIGNATURE_AT..).unwrap_or_default();
+    Found::Known(if is(&layout::qed::MAGIC) {
+        Format::Qed
+    } else if is(&layout::qcow::MAGIC) {
+        // Version 1 has QCOW2's magic and is another format.
+        Format::Qcow
+    } else if is(&layout::qcow2::MAGIC) {
+        Format::Qcow2
+    } else if is(&layout::luks::MAGIC) {
+        Format::Luks
+    } else if is(&layout::vpc::COOKIE) {
+        Format::Vpc
+    } else if is(&layout::vhdx::SIGNATURE) {
+        Format::Vhdx
+    } else if is(&layout::packed::seekable::MAGIC) {
+        Format::Zstd
+    } else if is(&layout::packed::gzip::MAGIC) {
+        Format::Gzip
+    } else if is(&layout::vmdk::header::MAGIC) || is_text {
+        Format::Vmdk
+    } else if signature.starts_with(&layout::vdi::SIGNATURE) {
+        Format::Vdi
+    } else if is(&layout::parallels::MAGIC) || is(&layout::parallels::MAGIC_EXTENDED) {
+        Format::Parallels
+    } else {
+        let foreign = FOREIGN.iter().find(|(at, magic, _)| head.get(*at..).is_some_and(|rest| rest.starts_with(magic)));
+        return foreign.map_or(Found::Nothing, |(_, _, name)| Found::Foreign(name));
+    })
+}
+
+/// What an image's last [`HEAD`] bytes say it is.
+fn by_tail(tail: &[u8]) -> Found {
+    if tail.starts_with(&layout::vpc::COOKIE) {
+        return Found::Known(Format::Vpc);
+    }
+    if tail.ends_with(&layout::packed::seekable::FOOTER_MAGIC) {
+        return Found::Known(Format::Zstd);
+    }
+    let foreign = FOREIGN_TAIL.iter().find(|(magic, _)| tail.starts_with(magic));
+    foreign.map_or(Found::Nothing, |(_, name)| Found::Foreign(name))
+}
+
+/// The name of the format that a disk's own first bytes look like, though they should be a guest's.
+pub(crate) fn like_an_image(head: &[u8]) -> Option<&'static str> {
+    match by_head(head) {
+        Found::Known(format) => Some(format.name()),
+        Found::Foreign(name) => Some(name),
+        Found::Nothing => None,
+    }
+}
+
+/// What the first bytes look like; `Raw` when like nothing known. Formats that are recognised but not served (DMG, Bochs, …)
 /// are an error that names them: serving their bytes as raw would be a guess.
 pub async fn probe(store: &dyn Store) -> Result<Format> {
     let head = Iov::alloc(HEAD);
     store.read(HostOffset::ZERO, head.clone()).await?;
-    let head = head.to_vec();
-    if head.starts_with(&layout::qed::MAGIC) {
-        return Ok(Format::Qed);
-    }
-    if head.starts_with(&layout::qcow::MAGIC) {
-        return Ok(Format::Qcow);
-    }
-    if head.starts_with(&layout::vmdk::MAGIC) || head.starts_with(layout::vmdk::descriptor::SIGNATURE) {
-        return Ok(Format::Vmdk);
-    }
-    if head.starts_with(&layout::luks::MAGIC) {
-        return Ok(Format::Luks);
-    }
-    if head.starts_with(&layout::vhdx::SIGNATURE) {
-        return Ok(Format::Vhdx);
-    }
-    // Version 1 has the same magic and is another format.
-    if head.starts_with(&layout::qcow2::MAGIC) && head[4..8] != [0, 0, 0, 1] {
-        return Ok(Format::Qcow2);
-    }
-    if head.starts_with(&layout::vpc::COOKIE) {
-        return Ok(Format::Vpc);
-    }
-    if head[layout::vdi::SIGNATURE_AT..].starts_with(&layout::vdi::SIGNATURE) {
-        return Ok(Format::Vdi);
-    }
-    if head.starts_with(&layout::parallels::MAGIC) || head.starts_with(&layout::parallels::MAGIC_EXTENDED) {
-        return Ok(Format::Parallels);
-    }
-    let foreign = FOREIGN.iter().find(|(at, magic, _)| head[*at..].starts_with(magic)).map(|(_, _, name)| *name);
-    let foreign = match foreign {
-        None if store.size() >= 2 * HEAD as u64 => {
+    let found = match by_head(&head.to_vec()) {
+        Found::Nothing if store.size() >= 2 * HEAD as u64 => {
             let tail = Iov::alloc(HEAD);
             store.read(HostOffset(store.size() - HEAD as u64), tail.clone()).await?;
-            let tail = tail.to_vec();
-            if tail.starts_with(&layout::vpc::COOKIE) {
-                return Ok(Format::Vpc);
-            }
-            FOREIGN_TAIL.iter().find(|(magic, _)| tail.starts_with(magic)).map(|(_, name)| *name)
+            by_tail(&tail.to_vec())
         }
         found => found,
     };
-    match foreign {
-        None => Ok(Format::Raw),
-        Some(name) => {
+    match found {
+        Found::Known(format) => Ok(format),
+        Found::Nothing => Ok(Format::Raw),
+        Found::Foreign(name) => {
             let what = format!(
                 "it looks like a {name} image, a format that is not supported; convert it first ('qemu-img convert -O qed'), or state \
                  its format as raw if these are a guest's own bytes"
@@ -166,7 +215,22 @@ mod tests {
         assert_eq!(probed(b"").unwrap(), Format::Raw);
         assert_eq!(probed(b"QED\0").unwrap(), Format::Qed);
         assert_eq!(probed(b"QFI\xfb\0\0\0\x03").unwrap(), Format::Qcow2);
+        assert_eq!(probed(b"QFI\xfb\0\0\0\x02").unwrap(), Format::Qcow2);
+        assert_eq!(probed(b"QFI\xfb\0\0\0\x01").unwrap(), Format::Qcow);
+        assert_eq!(probed(b"KDMV").unwrap(), Format::Vmdk);
+        assert_eq!(probed(b"vhdxfile").unwrap(), Format::Vhdx);
+        assert_eq!(probed(b"\x28\xb5\x2f\xfd").unwrap(), Format::Zstd);
+        assert_eq!(probed(b"\x1f\x8b\x08\0").unwrap(), Format::Gzip);
+        assert_eq!(probed(b"# disk descriptorfile\n").unwrap(), Format::Vmdk);
         assert_eq!(probed(&[0; 4096]).unwrap(), Format::Raw);
+    }
+
+    #[test]
+    fn every_format_has_its_name() {
+        for format in Format::ALL {
+            assert_eq!(Format::from_name(format.name()), Some(format));
+        }
+        assert_eq!(Format::from_name("QCOW2"), None);
     }
 
     #[test]

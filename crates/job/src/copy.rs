@@ -172,6 +172,7 @@ impl Copying {
         if !chunk.zero {
             self.life.pace.charge(chunk.range.len());
         }
+        tracing::trace!(target: "job_step", job = self.life.id(), range = %chunk.range, zero = chunk.zero);
         self.flight.send(chunk);
     }
 
@@ -242,12 +243,12 @@ impl Copying {
         let action = self.action(&error);
         match action {
             ErrorAction::Report => {
-                self.life.met_error(is_write(&error), action);
+                self.life.met_error(is_write(&error), action, &error);
                 self.failed = Some(error);
                 false
             }
             ErrorAction::Ignore => {
-                self.life.met_error(is_write(&error), action);
+                self.life.met_error(is_write(&error), action, &error);
                 tracing::warn!(job = self.life.id(), %error, "ignored; the backing file will be kept");
                 self.ignored.get_or_insert(error);
                 self.not_before = Some(ring::now() + AFTER_ERROR);
@@ -257,7 +258,7 @@ impl Copying {
                 // Of several chunks in flight that fail for one reason the first says it.
                 if !self.life.is_stopped() {
                     tracing::warn!(job = self.life.id(), %error, "stopped until it is resumed");
-                    self.life.met_error(is_write(&error), action);
+                    self.life.met_error(is_write(&error), action, &error);
                 }
                 self.life.stop(if error.is_no_space() { IoStatus::NoSpace } else { IoStatus::Failed });
                 false

@@ -9,6 +9,7 @@ use crate::pace::Pace;
 use crate::progress::Progress;
 use crate::registry::{JobError, JobErrorKind, JobInfo, Register};
 use crate::{ErrorAction, Event, IoStatus, Status, Verb};
+use disk::Error;
 use ring::sync;
 use std::any::Any;
 use std::cell::{Cell, RefCell};
@@ -210,7 +211,8 @@ impl Life {
     }
 
     /// An error was met and something is done about it.
-    pub(crate) fn met_error(&self, write: bool, action: ErrorAction) {
+    pub(crate) fn met_error(&self, write: bool, action: ErrorAction, error: &Error) {
+        tracing::trace!(target: "job_error", job = self.what.id, write, action = action.name(), %error);
         self.emit(Event::Error { id: self.what.id.clone(), write, action });
     }
 
@@ -297,6 +299,7 @@ impl Life {
     fn become_(&self, next: Status) {
         let now = self.status.replace(next);
         debug_assert!(now.may_become(next), "{now} to {next}");
+        tracing::trace!(target: "job_status", job = self.what.id, from = %now, to = %next);
         self.emit(Event::StatusChange { id: self.what.id.clone(), status: next });
     }
 

@@ -6,6 +6,8 @@
 pub mod addr;
 pub mod field;
 pub mod luks;
+mod number;
+pub mod packed;
 pub mod parallels;
 pub mod qcow;
 pub mod qcow2;

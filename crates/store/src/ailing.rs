@@ -82,6 +82,14 @@ impl Store for AilingStore {
         self.inner.extent(range)
     }
 
+    fn locate(&self, at: HostOffset) -> (&str, HostOffset) {
+        self.inner.locate(at)
+    }
+
+    fn files(&self) -> Vec<(&str, u64)> {
+        self.inner.files()
+    }
+
     fn close(&self) -> IoFuture<'_, ()> {
         self.inner.close()
     }

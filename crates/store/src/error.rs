@@ -96,6 +96,7 @@ impl Error {
     /// From the system's answer; the kind follows from its errno.
     pub fn from_io(operation: Operation, store: &str, range: Option<HostRange>, source: io::Error) -> Self {
         let kind = kind_of(&source);
+        tracing::trace!(target: "store_failed", store, ?operation, range = range.map(tracing::field::display), error = %source);
         Self::build(kind, operation, store, range, Cause::Io(source))
     }
 

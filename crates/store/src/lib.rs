@@ -1,7 +1,8 @@
 //! Places that hold bytes. Floor 2: a store knows nothing of what its bytes mean.
 //!
 //! The contract is [`Store`]. [`mod@file`] holds a local file or block device, [`memory`] holds bytes in memory, [`null`] holds none,
-//! [`mod@nbd`] is an export of somebody else's server; [`fault`], [`trace`], [`throttle`] and [`debug`] are decorators around any of them.
+//! [`mod@nbd`] is an export of somebody else's server; [`fault`], [`trace`], [`throttle`] and [`debug`] are decorators around any of them,
+//! [`joined`] is several of them as one, [`patched`] one with some bytes changed.
 #![forbid(unsafe_code)]
 
 mod abandoned;
@@ -16,6 +17,7 @@ pub mod memory;
 pub mod nbd;
 pub mod null;
 pub mod part;
+pub mod patched;
 pub mod throttle;
 pub mod trace;
 
@@ -129,6 +131,16 @@ pub trait Store: 'static {
 
     /// The first run of `range` (not empty), all backed alike. Past the end is a hole. A store that cannot tell says data.
     fn extent(&self, range: HostRange) -> IoFuture<'_, HostExtent>;
+
+    /// The file (as messages call it) that holds the byte at `at`, and where that is in it. A store that is one file is that file.
+    fn locate(&self, at: HostOffset) -> (&str, HostOffset) {
+        (self.name(), at)
+    }
+
+    /// The files (as messages call them) that it is made of, and their lengths, for people to look at.
+    fn files(&self) -> Vec<(&str, u64)> {
+        vec![(self.name(), self.size())]
+    }
 
     /// The file whose extents another one may share, if this is a plain file.
     fn sharable(&self) -> Option<Arc<OwnedFd>> {

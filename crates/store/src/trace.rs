@@ -304,6 +304,14 @@ impl Store for TraceStore {
         self.record(Operation::Extent, Some(range), false, self.inner.extent(range))
     }
 
+    fn locate(&self, at: HostOffset) -> (&str, HostOffset) {
+        self.inner.locate(at)
+    }
+
+    fn files(&self) -> Vec<(&str, u64)> {
+        self.inner.files()
+    }
+
     fn sharable(&self) -> Option<Arc<OwnedFd>> {
         self.inner.sharable()
     }

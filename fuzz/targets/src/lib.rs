@@ -12,6 +12,7 @@ pub mod mutate;
 mod nbd;
 mod qcow2;
 mod qmp;
+mod sources;
 mod vhost_user;
 
 #[path = "../../../crates/image/tests/image/guest.rs"]
@@ -32,6 +33,7 @@ pub const TARGETS: &[Target] = &[
     ("qed_header", mutation::header_stands),
     ("qed_image", mutation::image_stands),
     ("qmp_framer", qmp::framer),
+    ("sources", sources::sources),
     ("vhost_request", vhost_user::request),
     ("vhost_session", vhost_user::session),
 ];

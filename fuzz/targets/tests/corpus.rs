@@ -5,7 +5,7 @@ use std::path::Path;
 use std::time::Instant;
 
 /// Mutations of each target's corpus. What takes long gets fewer.
-const ROUNDS: [(&str, u64); 9] = [
+const ROUNDS: [(&str, u64); 10] = [
     ("nbd_client", 20_000),
     ("nbd_server", 20_000),
     ("qcow2_image", 2_000),
@@ -13,6 +13,7 @@ const ROUNDS: [(&str, u64); 9] = [
     ("qed_header", 2_000),
     ("qed_image", 300),
     ("qmp_framer", 20_000),
+    ("sources", 20_000),
     ("vhost_request", 10_000),
     ("vhost_session", 400),
 ];

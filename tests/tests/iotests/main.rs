@@ -1,6 +1,7 @@
 //! What QEMU's own tests of its image tools assert, told anew in our words: the same lines for our tools and QEMU's, on the formats that
 //! are written. `docs/iotests.md` says which test is told where, and which are not.
 
+mod amend;
 mod backing;
 mod check;
 mod convert;

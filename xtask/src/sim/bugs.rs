@@ -99,8 +99,8 @@ pub(super) const BUGS: &[Bug] = &[
         name: "copying overwrites what a guest has written meanwhile",
         edits: &[edit(
             "crates/disk/src/populate.rs",
-            "reservation.link(Keep::Unallocated, |at| self.locks.is_exclusively_held(at));",
-            "reservation.link(Keep::New, |at| self.locks.is_exclusively_held(at));",
+            "reservation.link(Keep::Unallocated, veto);",
+            "reservation.link(Keep::New, veto);",
         )],
     },
     Bug {
@@ -126,14 +126,10 @@ pub(super) const BUGS: &[Bug] = &[
             edit(SPACE, "        self.unlinked.push(range);\n", "        self.give_back(range);\n"),
             edit(
                 "crates/disk/src/populate.rs",
-                "reservation.link(Keep::Unallocated, |at| self.locks.is_exclusively_held(at));",
+                "reservation.link(Keep::Unallocated, veto);",
                 "reservation.link(Keep::Unallocated, |_| false);",
             ),
-            edit(
-                "crates/disk/src/populate.rs",
-                "Ok(if taken || self.locks.is_exclusively_held(cluster.start()) {",
-                "Ok(if taken {",
-            ),
+            edit("crates/disk/src/populate.rs", "Ok(if taken || veto(cluster.start()) {", "Ok(if taken {"),
         ],
     },
     Bug {
@@ -215,7 +211,7 @@ pub(super) const BUGS: &[Bug] = &[
         name: "QCOW2: a mapping is published before its data and refcounts are durable",
         edits: &[edit(
             QCOW2_COMMIT,
-            "        self.write_refcounts(zone).await?;\n        self.health.barrier().await?;\n",
+            "        self.write_refcounts(zone).await?;\n        self.data_barrier().await?;\n",
             "        self.write_refcounts(zone).await?;\n",
         )],
     },

@@ -1,7 +1,7 @@
 //! The commands of the monitor for people.
 
 use crate::qmp::{self, Stream};
-use crate::{Engine, Failure};
+use crate::{Engine, Failure, trace};
 use std::fmt::Write;
 
 /// A command: its names, what it takes, what it is for.
@@ -15,7 +15,7 @@ struct Command {
     most: usize,
 }
 
-const COMMANDS: [Command; 9] = [
+const COMMANDS: [Command; 10] = [
     Command {
         names: &["block_job_cancel"],
         takes: "[-f] device",
@@ -67,14 +67,22 @@ const COMMANDS: [Command; 9] = [
         most: 2,
     },
     Command { names: &["quit", "q"], takes: "", purpose: "end Headwater", first: None, most: 0 },
+    Command {
+        names: &["trace-event"],
+        takes: "name on|off",
+        purpose: "changes status of a specific trace event (name may be a pattern)",
+        first: Some("string expected"),
+        most: 2,
+    },
 ];
 
 /// What `info` shows.
-const SUBJECTS: [(&str, &str, &str); 5] = [
+const SUBJECTS: [(&str, &str, &str); 6] = [
     ("block", "[device]", "show info of one block device or all block devices"),
     ("block-jobs", "", "show progress of ongoing block device operations"),
     ("blockstats", "", "show block device statistics"),
     ("status", "", "show the current VM status (running|paused)"),
+    ("trace-events", "[name]", "show available trace-events & their state (name may be a pattern)"),
     ("version", "", "show the version of Headwater, and of the QEMU it follows"),
 ];
 
@@ -130,6 +138,14 @@ async fn run(engine: &Engine, name: &str, arguments: &[String]) -> Result<String
             let base = arguments.get(2).cloned();
             Stream { base, speed, ..Stream::of(word(0)) }.start(engine).await.map(drop)
         }
+        "trace-event" => {
+            let on = match word(1).as_str() {
+                "on" => true,
+                "off" => false,
+                _ => return Err(Refused::Usage(format!("{name}: expected 'on' or 'off'"))),
+            };
+            trace::find(&word(0)).map(|points| trace::set(&points, on))
+        }
         "block_job_set_speed" => {
             let speed = size(name, &word(1))?;
             qmp::block_job(engine, word(0), move |jobs, id| jobs.set_speed(id, speed)).await.map(drop)
@@ -180,7 +196,7 @@ fn size(command: &str, text: &str) -> Result<u64, Refused> {
 async fn info(engine: &Engine, arguments: &[String]) -> Result<String, Refused> {
     let Some(subject) = arguments.first() else { return Ok(help("info", "")) };
     let device = arguments.get(1).map(String::as_str);
-    if device.is_some() && subject != "block" {
+    if device.is_some() && !["block", "trace-events"].contains(&subject.as_str()) {
         return Err(Refused::Usage(format!("{subject}: extraneous characters at the end of line")));
     }
     match subject.as_str() {
@@ -191,6 +207,11 @@ async fn info(engine: &Engine, arguments: &[String]) -> Result<String, Refused> 
         "block-jobs" => Ok(jobs_text(engine).await?),
         "blockstats" => Ok(qmp::stats_text(engine).await?),
         "status" => Ok("VM status: running\n".into()),
+        "trace-events" => {
+            let points = trace::find(device.unwrap_or("*"))?;
+            let line = |point: &&trace::Point| format!("{} : state {}\n", point.name, u8::from(point.is_on()));
+            Ok(points.iter().map(line).collect())
+        }
         "version" => Ok(concat!("10.0.2 (Headwater ", env!("CARGO_PKG_VERSION"), ")\n").into()),
         unknown => Ok(format!("unknown command: 'info {unknown}'\n")),
     }

@@ -3,7 +3,7 @@
 use super::arguments::Arguments;
 use super::schema::{Kind, Member, Schema, Takes, may, needs};
 use super::{event, exports, jobs, nodes, query, schema};
-use crate::{Engine, ErrorClass, Failure, hmp};
+use crate::{Engine, ErrorClass, Failure, hmp, trace};
 use futures_util::future::BoxFuture;
 use serde_json::{Map, Value, json};
 
@@ -64,7 +64,29 @@ const STREAM: &[Member] = &[
 /// Addresses in their older form, with what they say in `data`, or plain.
 const ADDRESS: Kind = Kind::Open(&[needs("type", Kind::Text)]);
 
-const EXPORT: &[Member] = &[needs("type", Kind::Text), needs("id", Kind::Text), needs("node-name", Kind::Text)];
+/// What an export of either type takes; each takes more of its own.
+const EXPORT: &[Member] = &[
+    needs("type", Kind::Word(&["nbd", "vhost-user-blk"])),
+    needs("id", Kind::Text),
+    needs("node-name", Kind::Text),
+    may("writable", Kind::Flag),
+    may("writethrough", Kind::Flag),
+    may("iothread", Kind::Text),
+    may("fixed-iothread", Kind::Flag),
+    may("allow-inactive", Kind::Flag),
+];
+
+/// What a node of any driver takes; each takes more of its own. Switches may be words, as command lines have them.
+const NODE: &[Member] = &[
+    needs("driver", Kind::Text),
+    may("node-name", Kind::Text),
+    may("read-only", Kind::Any),
+    may("auto-read-only", Kind::Any),
+    may("force-share", Kind::Any),
+    may("cache", Kind::Any),
+    may("discard", Kind::Text),
+    may("detect-zeroes", Kind::Text),
+];
 
 const MODE: Kind = Kind::Word(&["safe", "hard"]);
 
@@ -85,12 +107,26 @@ const COMMANDS: &[Command] = &[
         Kind::Text,
         |e, a| Box::pin(human(e, a)),
     ),
+    command("trace-event-get-state", &[needs("name", Kind::Text), may("vcpu", Kind::Integer)], LIST, |_, arguments| {
+        Box::pin(async { trace_state(arguments) })
+    }),
+    command(
+        "trace-event-set-state",
+        &[
+            needs("name", Kind::Text),
+            needs("enable", Kind::Flag),
+            may("ignore-unavailable", Kind::Flag),
+            may("vcpu", Kind::Integer),
+        ],
+        NOTHING,
+        |_, arguments| Box::pin(async { set_trace_state(arguments) }),
+    ),
     command("query-block", &[], LIST, run!(query::block)),
     command("query-named-block-nodes", &[may("flat", Kind::Flag)], LIST, run!(query::named_nodes)),
     command("query-blockstats", &[may("query-nodes", Kind::Flag)], LIST, run!(query::block_stats)),
     command("query-block-jobs", &[], LIST, run!(jobs::query_block_jobs)),
     command("query-jobs", &[], LIST, run!(jobs::query_jobs)),
-    open("blockdev-add", &[needs("driver", Kind::Text), may("node-name", Kind::Text)], NOTHING, run!(nodes::add)),
+    open("blockdev-add", NODE, NOTHING, run!(nodes::add)),
     command("blockdev-del", &[needs("node-name", Kind::Text)], NOTHING, run!(nodes::remove)),
     command(
         "block_resize",
@@ -231,6 +267,18 @@ fn status() -> Value {
 fn quit(engine: &Engine) -> Value {
     engine.request_quit();
     json!({})
+}
+
+fn trace_state(mut arguments: Arguments) -> Result<Value, Failure> {
+    let points = trace::find(&arguments.needed_string("name")?)?;
+    let state = |on| if on { "enabled" } else { "disabled" };
+    Ok(points.iter().map(|point| json!({ "name": point.name, "state": state(point.is_on()) })).collect())
+}
+
+fn set_trace_state(mut arguments: Arguments) -> Result<Value, Failure> {
+    let points = trace::find(&arguments.needed_string("name")?)?;
+    trace::set(&points, arguments.boolean("enable")?.unwrap_or(false));
+    Ok(json!({}))
 }
 
 async fn human(engine: &Engine, mut arguments: Arguments) -> Result<Value, Failure> {

@@ -5,7 +5,15 @@ use crate::{Ending, Happening, Stamped};
 use job::Event;
 use serde_json::{Value, json};
 
-const PROGRESS: &[Member] = &[
+const CANCELLED: &[Member] = &[
+    needs("type", Kind::Text),
+    needs("device", Kind::Text),
+    needs("len", Kind::Integer),
+    needs("offset", Kind::Integer),
+    needs("speed", Kind::Integer),
+];
+
+const COMPLETED: &[Member] = &[
     needs("type", Kind::Text),
     needs("device", Kind::Text),
     needs("len", Kind::Integer),
@@ -17,8 +25,8 @@ const PROGRESS: &[Member] = &[
 /// Every event, and what it carries.
 pub(super) const EVENTS: &[(&str, &[Member])] = &[
     ("JOB_STATUS_CHANGE", &[needs("id", Kind::Text), needs("status", Kind::Text)]),
-    ("BLOCK_JOB_COMPLETED", PROGRESS),
-    ("BLOCK_JOB_CANCELLED", PROGRESS),
+    ("BLOCK_JOB_COMPLETED", COMPLETED),
+    ("BLOCK_JOB_CANCELLED", CANCELLED),
     (
         "BLOCK_JOB_ERROR",
         &[

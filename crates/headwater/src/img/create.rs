@@ -189,7 +189,7 @@ pub(crate) fn preallocation(value: &str) -> Result<Preallocation, String> {
 }
 
 /// On or off, as users write it.
-fn switch(key: &str, value: &str) -> Result<bool, String> {
+pub(crate) fn switch(key: &str, value: &str) -> Result<bool, String> {
     match value {
         "on" | "yes" | "true" | "y" => Ok(true),
         "off" | "no" | "false" | "n" => Ok(false),

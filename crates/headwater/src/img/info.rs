@@ -6,6 +6,7 @@ use crate::size::human;
 use disk::chain::{Layer, Opener};
 use graph::Sources;
 use image::qcow2::{Compression, Qcow2Info};
+use image::vmdk::VmdkInfo;
 use image::{Bitmap, Snapshot};
 use serde_json::{Map, Value, json};
 use std::os::unix::fs::MetadataExt;
@@ -65,20 +66,53 @@ pub(crate) fn run(args: &Args) -> Outcome {
 /// One image as `info` shows it.
 struct Described {
     filename: String,
-    /// Its file's own name, and what kind of place that is.
-    place: (String, &'static str),
     format: &'static str,
     virtual_size: u64,
+    /// Of all its files.
     disk_size: Option<u64>,
-    file_length: u64,
+    /// The file that the image is named by, and then others.
+    files: Vec<File>,
     cluster_size: Option<u64>,
     dirty: bool,
     encrypted: bool,
     backing: Option<(String, Option<&'static str>, String)>,
     warnings: Vec<String>,
     qcow2: Option<Qcow2Info>,
+    vmdk: Option<VmdkInfo>,
     snapshots: Vec<Snapshot>,
     bitmaps: Vec<Bitmap>,
+}
+
+/// A file that an image is made of.
+struct File {
+    name: String,
+    /// What kind of place it is.
+    protocol: &'static str,
+    length: u64,
+    disk_size: Option<u64>,
+}
+
+impl File {
+    /// What QEMU calls it.
+    fn child(number: usize) -> String {
+        if number == 0 { "file".to_owned() } else { format!("extents.{}", number - 1) }
+    }
+
+    fn json(&self) -> Value {
+        let mut file = Map::new();
+        file.insert("children".into(), json!([]));
+        file.insert("virtual-size".into(), json!(self.length));
+        file.insert("filename".into(), json!(self.name));
+        file.insert("format".into(), json!(self.protocol));
+        if let Some(bytes) = self.disk_size {
+            file.insert("actual-size".into(), json!(bytes));
+        }
+        if matches!(self.protocol, "file" | "host_device") {
+            file.insert("format-specific".into(), json!({ "type": self.protocol, "data": {} }));
+        }
+        file.insert("dirty-flag".into(), json!(false));
+        Value::Object(file)
+    }
 }
 
 impl Described {
@@ -91,13 +125,19 @@ impl Described {
         // What is no more than a file is called as it was asked for.
         let own =
             if filename.starts_with("json:") || filename.starts_with("blkdebug:") { store.name() } else { &filename };
+        let files = store.files().into_iter().enumerate().map(|(number, (name, length))| File {
+            name: if number == 0 { own.to_owned() } else { name.to_owned() },
+            protocol: if number == 0 { store.protocol() } else { "file" },
+            // In whole sectors, as QEMU counts.
+            length: length.next_multiple_of(512),
+            disk_size: std::fs::metadata(name).ok().map(|meta| meta.blocks() * 512),
+        });
+        let files: Vec<File> = files.collect();
         Self {
-            place: (own.to_owned(), store.protocol()),
             format: image.format().name(),
             virtual_size: image.size(),
-            disk_size: std::fs::metadata(store.name()).ok().map(|meta| meta.blocks() * 512),
-            // In whole sectors, as QEMU counts.
-            file_length: store.size().next_multiple_of(512),
+            disk_size: files.iter().map(|file| file.disk_size).sum(),
+            files,
             cluster_size: info.cluster_size,
             dirty: info.dirty,
             encrypted: info.encrypted || image.format() == image::Format::Luks,
@@ -107,6 +147,7 @@ impl Described {
             }),
             warnings: info.warnings,
             qcow2: info.qcow2,
+            vmdk: info.vmdk,
             snapshots,
             bitmaps: Vec::new(),
             filename,
@@ -152,31 +193,27 @@ impl Described {
         if let Some(own) = &self.qcow2 {
             specific(own, &self.bitmaps).into_iter().for_each(&mut line);
         }
-        line("Child node '/file':".into());
-        let (name, protocol) = &self.place;
-        line(format!("    filename: {name}"));
-        line(format!("    protocol type: {protocol}"));
-        line(format!("    file length: {} ({} bytes)", human(self.file_length), self.file_length));
-        line(format!("    disk size: {disk_size}"));
+        if let Some(own) = &self.vmdk {
+            specific_vmdk(own).into_iter().for_each(&mut line);
+        }
+        // As QEMU has them: by their names.
+        let files = self.files.iter().enumerate();
+        for (number, file) in files.clone().skip(1).chain(files.take(1)) {
+            line(format!("Child node '/{}':", File::child(number)));
+            line(format!("    filename: {}", file.name));
+            line(format!("    protocol type: {}", file.protocol));
+            line(format!("    file length: {} ({} bytes)", human(file.length), file.length));
+            line(format!("    disk size: {}", file.disk_size.map_or_else(|| "unavailable".to_owned(), human)));
+        }
         text
     }
 
     fn json(&self) -> Value {
-        let mut file = Map::new();
-        file.insert("children".into(), json!([]));
-        file.insert("virtual-size".into(), json!(self.file_length));
-        let (name, protocol) = &self.place;
-        file.insert("filename".into(), json!(name));
-        file.insert("format".into(), json!(protocol));
-        if let Some(bytes) = self.disk_size {
-            file.insert("actual-size".into(), json!(bytes));
-        }
-        if matches!(*protocol, "file" | "host_device") {
-            file.insert("format-specific".into(), json!({ "type": protocol, "data": {} }));
-        }
-        file.insert("dirty-flag".into(), json!(false));
+        let files = self.files.iter().enumerate();
+        let children = files.clone().skip(1).chain(files.take(1));
+        let children = children.map(|(number, file)| json!({ "name": File::child(number), "info": file.json() }));
         let mut top = Map::new();
-        top.insert("children".into(), json!([{ "name": "file", "info": file }]));
+        top.insert("children".into(), children.collect());
         if let Some((name, format, full)) = &self.backing {
             if let Some(format) = format {
                 top.insert("backing-filename-format".into(), json!(format));
@@ -218,6 +255,28 @@ impl Described {
                 data.insert("extended-l2".into(), json!(own.extended_l2));
             }
             top.insert("format-specific".into(), json!({ "type": "qcow2", "data": data }));
+        }
+        if let Some(own) = &self.vmdk {
+            let extents = own.extents.iter().map(|extent| {
+                let mut fields = Map::new();
+                if extent.packed {
+                    fields.insert("compressed".into(), json!(true));
+                }
+                fields.insert("virtual-size".into(), json!(extent.size));
+                fields.insert("filename".into(), json!(extent.file));
+                if let Some(bytes) = extent.grain {
+                    fields.insert("cluster-size".into(), json!(bytes));
+                }
+                fields.insert("format".into(), json!(extent.kind));
+                Value::Object(fields)
+            });
+            let data = json!({
+                "cid": own.cid,
+                "parent-cid": own.parent_cid,
+                "create-type": own.create_type,
+                "extents": extents.collect::<Value>(),
+            });
+            top.insert("format-specific".into(), json!({ "type": "vmdk", "data": data }));
         }
         top.insert("virtual-size".into(), json!(self.virtual_size));
         top.insert("filename".into(), json!(self.filename));
@@ -263,6 +322,30 @@ pub(crate) fn specific(own: &Qcow2Info, bitmaps: &[Bitmap]) -> Vec<String> {
     if own.version > 2 {
         lines.push(format!("    corrupt: {}", own.corrupt));
         lines.push(format!("    extended l2: {}", own.extended_l2));
+    }
+    lines
+}
+
+/// The lines that say what only VMDK has.
+fn specific_vmdk(own: &VmdkInfo) -> Vec<String> {
+    let mut lines = vec![
+        "Format specific information:".to_owned(),
+        format!("    cid: {}", own.cid),
+        format!("    parent cid: {}", own.parent_cid),
+        format!("    create type: {}", own.create_type),
+        "    extents:".to_owned(),
+    ];
+    for (number, extent) in own.extents.iter().enumerate() {
+        lines.push(format!("        [{number}]:"));
+        if extent.packed {
+            lines.push("            compressed: true".to_owned());
+        }
+        lines.push(format!("            virtual size: {}", extent.size));
+        lines.push(format!("            filename: {}", extent.file));
+        if let Some(bytes) = extent.grain {
+            lines.push(format!("            cluster size: {bytes}"));
+        }
+        lines.push(format!("            format: {}", extent.kind));
     }
     lines
 }

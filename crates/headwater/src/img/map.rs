@@ -5,6 +5,8 @@ use crate::images::{self, Look, Naming, Output, on_ring};
 use disk::{Disk, DiskOptions, Status};
 use layout::{GuestOffset, GuestRange};
 use std::io::{BufWriter, Write};
+use std::rc::Rc;
+use store::Store;
 
 #[derive(clap::Args)]
 pub(crate) struct Args {
@@ -64,20 +66,20 @@ pub(crate) fn run(args: &Args) -> Outcome {
     let look = Look { force_share: args.force_share, ..args.naming.look(args.format.as_deref())? };
     on_ring(async {
         let chain = images::open(&args.file, &look).await?;
-        let names: Vec<String> = chain.iter().map(|layer| layer.image.store().name().to_owned()).collect();
+        let stores: Vec<Rc<dyn Store>> = chain.iter().map(|layer| Rc::clone(layer.image.store())).collect();
         let disk = Disk::new("map", chain, DiskOptions::default());
-        let printed = print(args, &disk, &names).await;
+        let printed = print(args, &disk, &stores).await;
         disk.close().await.map_err(|e| e.to_string())?;
         printed
     })?;
     Ok(Exit::Ok)
 }
 
-async fn print(args: &Args, disk: &Disk, names: &[String]) -> Result<(), String> {
+async fn print(args: &Args, disk: &Disk, stores: &[Rc<dyn Store>]) -> Result<(), String> {
     let whole = GuestRange::new(GuestOffset::ZERO, disk.size());
     let start = GuestOffset(args.start_offset.unwrap_or(0));
     let mut left = whole.intersect(GuestRange::new(start, args.max_length.unwrap_or(u64::MAX)));
-    let mut out = Printer { out: BufWriter::new(std::io::stdout().lock()), output: args.output, names, first: true };
+    let mut out = Printer { out: BufWriter::new(std::io::stdout().lock()), output: args.output, stores, first: true };
     out.begin().map_err(|e| e.to_string())?;
     let mut run: Option<Run> = None;
     while !left.is_empty() {
@@ -98,7 +100,7 @@ async fn print(args: &Args, disk: &Disk, names: &[String]) -> Result<(), String>
 struct Printer<'a, W: Write> {
     out: W,
     output: Output,
-    names: &'a [String],
+    stores: &'a [Rc<dyn Store>],
     first: bool,
 }
 
@@ -113,14 +115,15 @@ impl<W: Write> Printer<'_, W> {
     fn run(&mut self, run: &Run) -> std::io::Result<()> {
         let Status { len, zero, allocated, depth, compressed, host } = run.status;
         let data = allocated && !zero;
-        match (self.output, host) {
-            (Output::Human, Some(host)) if data => {
-                let name = self.names.get(depth).map_or("", String::as_str);
+        // An image may be made of several files.
+        let place = host.map(|host| self.stores.get(depth).map_or(("", host), |store| store.locate(host)));
+        match (self.output, place) {
+            (Output::Human, Some((name, host))) if data => {
                 let hex = |value: u64| if value == 0 { "0".to_owned() } else { format!("{value:#x}") };
                 writeln!(self.out, "{:<16}{:<16}{:<16}{name}", hex(run.start), hex(len), hex(host.get()))
             }
             (Output::Human, _) => Ok(()),
-            (Output::Json, host) => {
+            (Output::Json, place) => {
                 let comma = if std::mem::take(&mut self.first) { "" } else { ",\n" };
                 write!(
                     self.out,
@@ -128,7 +131,7 @@ impl<W: Write> Printer<'_, W> {
                      \"data\": {data}, \"compressed\": {compressed}",
                     run.start, depth,
                 )?;
-                if let Some(host) = host {
+                if let Some((_, host)) = place {
                     write!(self.out, ", \"offset\": {}", host.get())?;
                 }
                 write!(self.out, "}}")

@@ -1,5 +1,6 @@
 //! `headwater img`, which is also what the program is when it is called `qemu-img`: the same commands, flags, texts and exit codes.
 
+mod amend;
 mod bench;
 mod bitmap;
 pub(crate) mod check;
@@ -24,6 +25,8 @@ use clap::Subcommand;
 
 #[derive(Subcommand)]
 pub(crate) enum Command {
+    /// Change what an image says of itself
+    Amend(amend::Args),
     /// Time equal requests
     Bench(bench::Args),
     /// Change persistent bitmaps: which parts of a disk were written
@@ -56,6 +59,7 @@ pub(crate) enum Command {
 
 pub(crate) fn run(command: Command) -> Outcome {
     match command {
+        Command::Amend(args) => amend::run(&args),
         Command::Bench(args) => bench::run(&args),
         Command::Bitmap(args) => bitmap::run(&args),
         Command::Check(args) => check::run(&args),

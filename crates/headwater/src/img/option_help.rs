@@ -31,16 +31,35 @@ pub(crate) fn is_asked(lists: &[String]) -> bool {
 
 /// The list.
 pub(crate) fn text(format: Format) -> String {
-    use std::fmt::Write;
     let options: Vec<_> = match format {
         Format::Raw => vec![PREALLOCATION, SIZE],
         Format::Qed => BACKING.into_iter().chain(QED).chain([SIZE]).collect(),
         Format::Qcow2 => BACKING.into_iter().chain(QCOW2).chain([PREALLOCATION, SIZE]).collect(),
         _ => Vec::new(),
     };
-    let mut text = format!("Supported {format} options:\n");
+    lines(&format!("Supported {format} options:\n"), options)
+}
+
+fn lines(title: &str, options: impl IntoIterator<Item = (&'static str, &'static str, &'static str)>) -> String {
+    use std::fmt::Write;
+    let mut text = title.to_owned();
     for (name, kind, what) in options {
         let _ = writeln!(text, "  {:<22} - {what}", format!("{name}=<{kind}>"));
     }
     text
+}
+
+const AMENDING: [(&str, &str, &str); 7] = [
+    ("backing_file", "str", "File name of a base image"),
+    ("backing_fmt", "str", "Image format of the base image"),
+    ("compat", "str", "Compatibility level (v2 [0.10] or v3 [1.1])"),
+    ("data_file", "str", "File name of an external data file"),
+    ("data_file_raw", "bool (on/off)", "The external data file must stay valid as a raw image"),
+    ("lazy_refcounts", "bool (on/off)", "Postpone refcount updates"),
+    ("refcount_bits", "num", "Width of a reference count entry in bits"),
+];
+
+/// What `img amend` changes.
+pub(crate) fn amending() -> String {
+    lines("Amend options for 'qcow2':\n", AMENDING.into_iter().chain([SIZE]))
 }

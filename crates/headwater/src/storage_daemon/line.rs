@@ -21,6 +21,8 @@ pub(super) struct Line {
     pub(super) version: bool,
     pub(super) daemonize: bool,
     pub(super) pid_file: Option<PathBuf>,
+    /// What is to be told.
+    pub(super) traces: Vec<String>,
     /// Each with the option it came from, as messages name it.
     pub(super) actions: Vec<(String, Action)>,
 }
@@ -100,8 +102,10 @@ impl Line {
 
     fn take(&mut self, name: &str, value: &str, implied: &str) -> Result<(), String> {
         let action = match name {
-            // The log is chosen before anything runs, by HEADWATER_LOG.
-            "--trace" | "-T" => return Ok(()),
+            "--trace" | "-T" => {
+                self.traces.push(value.to_owned());
+                return Ok(());
+            }
             "--pidfile" => {
                 self.pid_file = Some(PathBuf::from(value));
                 return Ok(());

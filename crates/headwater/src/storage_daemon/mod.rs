@@ -4,8 +4,8 @@
 mod chardev;
 mod line;
 
-use crate::background;
 use crate::exit::{Exit, Outcome};
+use crate::{background, trace};
 use chardev::Chardev;
 use control::{Engine, EngineConfig, Failure};
 use line::{Action, Line};
@@ -18,8 +18,8 @@ Usage: headwater storage-daemon [options]
 Headwater under qemu-storage-daemon's command line
 
   -h, --help             display this help and exit
-  -T, --trace [enable=]PATTERN[,file=FILE]
-                         what to log (HEADWATER_LOG says it in more detail)
+  -T, --trace [enable=]PATTERN[,events=FILE][,file=FILE]
+                         what to tell; help lists it (HEADWATER_LOG chooses the rest of the log)
   -V, --version          output version information and exit
 
   --blockdev [driver=]DRIVER[,node-name=N][,discard=ignore|unmap][,cache.direct=on|off][,cache.no-flush=on|off]
@@ -56,6 +56,9 @@ pub(crate) fn run(words: &[String]) -> Outcome {
     }
     if line.version {
         println!("qemu-storage-daemon version 10.0.2 (Headwater {})", env!("CARGO_PKG_VERSION"));
+        return Ok(Exit::Ok);
+    }
+    if trace::options(&line.traces)? {
         return Ok(Exit::Ok);
     }
     if line.daemonize {

@@ -1,14 +1,17 @@
 //! Opening Parallels' images.
 
-use super::{Grid, damaged, read, read_places};
+use super::Grid;
 use crate::Result;
+use crate::master::sheets::Table;
+use crate::master::{damaged, read};
 use layout::HostOffset;
 use layout::parallels::{HEADER_BYTES, Header};
 use store::Store;
 
 pub(super) async fn open(store: &dyn Store) -> Result<Grid> {
     let head = read(store, HostOffset::ZERO.range(HEADER_BYTES as u64)).await?;
-    let header = Header::decode(&head).map_err(|error| damaged(store, &error))?;
-    let places = read_places(store, header.table(), |entry| header.place(entry)).await?;
-    Ok(Grid { size: header.size, block: header.cluster, places })
+    let header = Header::decode(&head).map_err(|error| damaged(store.name(), &error))?;
+    let table = Table::new(store, header.table())?;
+    let place = Box::new(move |entry| header.place(entry));
+    Ok(Grid { size: header.size, block: header.cluster, table, place })
 }

@@ -79,8 +79,8 @@ pub(crate) struct Unlocked {
 
 /// Finds the master key in the header at `at`.
 pub(crate) async fn unlock(store: &Rc<dyn Store>, at: HostOffset, passphrase: &[u8]) -> Result<Unlocked> {
-    let head = crate::grid::read(&**store, at.range(HEADER_BYTES as u64)).await?;
-    let header = Header::decode(&head).map_err(|error| crate::grid::damaged(&**store, &error))?;
+    let head = crate::master::read(&**store, at.range(HEADER_BYTES as u64)).await?;
+    let header = Header::decode(&head).map_err(|error| crate::master::damaged(store.name(), &error))?;
     let unsupported = |what: String| Error::new(ErrorKind::Unsupported, store.name(), Some(at), what);
     let hash = Hash::from_name(&header.hash)
         .ok_or_else(|| unsupported(format!("its hash '{}' is not known (sha1, sha256, sha512 are)", header.hash)))?;

@@ -18,8 +18,8 @@ use store::{Store, ZeroMode};
 const DEFAULT_CLUSTER_SIZE: u64 = 64 << 10;
 
 /// Bytes of the headers that are made: version 2's, and version 3's with the compression type.
-const V2_BYTES: u32 = 72;
-const V3_BYTES: u32 = 112;
+pub(super) const V2_BYTES: u32 = 72;
+pub(super) const V3_BYTES: u32 = 112;
 
 /// Header, extensions and names of a new image lie within this.
 const HEAD_BYTES: u64 = 4096;

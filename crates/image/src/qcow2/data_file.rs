@@ -24,7 +24,7 @@ pub struct DataFile {
 }
 
 /// Longest name of a data file, bytes: names of files are not longer.
-const MAX_NAME: usize = 1023;
+pub(super) const MAX_NAME: usize = 1023;
 
 impl DataFile {
     /// Checks it before anything is written.
@@ -60,7 +60,8 @@ pub(super) async fn read(store: &dyn Store, header: &Header) -> Result<Option<Da
     let extensions = extensions.map_err(|error| super::open::header_error(store.name(), &error))?;
     let Some(name) = extensions.get(Extension::DATA_FILE) else {
         return fail(
-            "its data are in a file of their own, whose name is missing; name it with 'qemu-img amend -o data_file='",
+            "its data are in a file of their own, whose name is missing; QEMU's tools open it where that is said \
+             ('data-file.filename=')",
         );
     };
     match String::from_utf8(name.to_vec()) {

@@ -127,7 +127,10 @@ impl Core {
         let start = header.header_bytes as usize;
         let has_name = name.is_some();
         let name = name.unwrap_or_default();
-        let before = self.extensions(zone, &header)?.encode().len();
+        // Where they were: another version's begin elsewhere.
+        let old = self.header.get();
+        let old_start = old.header_bytes as usize;
+        let before = old_start + self.extensions(zone, &old)?.encode().len();
         if start + wanted.encode().len() + name.len() > ATOMIC {
             // Names of feature bits are for old programs' messages; they make way for what must change in one piece.
             wanted.all.retain(|extension| extension.kind != Extension::FEATURE_NAMES);
@@ -140,7 +143,7 @@ impl Core {
         }
         let place = if end + name.len() <= ATOMIC {
             end..end + name.len()
-        } else if let Some(room) = zone.room(name.len(), end.max(ATOMIC).max(start + before)) {
+        } else if let Some(room) = zone.room(name.len(), end.max(ATOMIC).max(before)) {
             zone.bytes[room.clone()].copy_from_slice(name);
             let (at, pages) = zone.pages(room.clone());
             self.health.write(at, pages).await?;
@@ -152,7 +155,7 @@ impl Core {
         };
         // Up to the end of the sector nothing of the old extensions and the old name stays.
         let wipe = end.max(ATOMIC.min(zone.bytes.len()));
-        zone.bytes[start..wipe].fill(0);
+        zone.bytes[start.min(old_start)..wipe].fill(0);
         zone.bytes[start..end].copy_from_slice(&encoded);
         zone.bytes[place.clone()].copy_from_slice(name);
         let slot = HostRange::new(HostOffset(place.start as u64), name.len() as u64);
@@ -160,7 +163,7 @@ impl Core {
             let (at, pages) = zone.pages(PAGE..end);
             self.health.write(at, pages).await?;
         }
-        let old = self.header.get().backing_name;
+        let old = old.backing_name;
         let old = old.map(|name| name.start().get() as usize..name.end().get() as usize);
         let header = Header { backing_name: has_name.then_some(slot), ..header };
         self.publish_header(zone, header).await?;

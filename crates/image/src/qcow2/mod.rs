@@ -32,6 +32,7 @@
 //!   unpacked clusters.
 
 mod allocate;
+mod amend;
 mod bitmap_actions;
 mod bitmaps;
 mod check;
@@ -60,11 +61,12 @@ pub use layout::qcow2::Compression;
 pub(crate) use open::open;
 pub use open::open_with_table_memory;
 
+use crate::amend::Amendment;
 use crate::bitmap::{Bitmap, BitmapAction, Bits};
 use crate::commits::Commits;
 use crate::create::Preallocation;
 use crate::health::Health;
-use crate::packed::Kept;
+use crate::kept::Kept;
 use crate::reservation::Active;
 use crate::room::Room;
 use crate::slices::Shelf;
@@ -235,7 +237,14 @@ impl Image for Qcow2Image {
         };
         let encrypted = header.crypt != 0;
         let cluster_size = Some(header.cluster_size());
-        ImageInfo { cluster_size, dirty: has(Features::DIRTY), warnings, encrypted, qcow2: Some(qcow2) }
+        ImageInfo {
+            cluster_size,
+            dirty: has(Features::DIRTY),
+            warnings,
+            encrypted,
+            qcow2: Some(qcow2),
+            ..ImageInfo::default()
+        }
     }
 
     fn lookup(&self, range: GuestRange) -> Result<Option<Mapped>> {
@@ -290,6 +299,10 @@ impl Image for Qcow2Image {
     fn set_backing(&self, backing: Option<BackingRef>) -> ImageFuture<'_, ()> {
         let core = self.core.clone();
         Box::pin(ring::spawn(async move { core.set_backing(backing).await }))
+    }
+
+    fn amend<'a>(&'a self, change: &'a Amendment) -> ImageFuture<'a, ()> {
+        Box::pin(async move { self.core.amend(self, change).await })
     }
 
     fn check(&self, repair: Repair) -> ImageFuture<'_, CheckReport> {

@@ -133,6 +133,23 @@ impl Core {
         Ok(refcount::get(bytes, header.refcount_order, cluster % header.refcounts_per_block()))
     }
 
+    /// The last cluster of block `number` that is counted.
+    pub(super) async fn last_counted(&self, number: u64) -> Result<Option<u64>> {
+        let header = self.header.get();
+        if !self.load_block(number).await? {
+            return Ok(None);
+        }
+        let refcounts = self.refcounts.borrow();
+        let bytes = refcounts.blocks.get(&number).map_or(&[][..], |block| &block.bytes);
+        let Some(byte) = bytes.iter().rposition(|byte| *byte != 0) else { return Ok(None) };
+        // The byte may hold several, or be a part of one.
+        let end = (((byte as u64 + 1) * 8) >> header.refcount_order).max(1);
+        let start = (byte as u64 * 8) >> header.refcount_order;
+        let counted =
+            (start..end.max(start + 1)).rev().find(|at| refcount::get(bytes, header.refcount_order, *at) != 0);
+        Ok(counted.map(|index| number * header.refcounts_per_block() + index))
+    }
+
     /// Sets the refcount of a cluster whose block is in memory.
     fn put_refcount(&self, cluster: u64, value: u64) {
         let header = self.header.get();

@@ -10,7 +10,7 @@
 use super::Core;
 use super::check::{Scan, Stop};
 use super::refcount::Refcounts;
-use crate::packed::Kept;
+use crate::kept::Kept;
 use crate::space::Space;
 use crate::tables::Tables;
 use crate::{CheckReport, Repair, Result};

@@ -36,7 +36,7 @@ impl Core {
         self.settle().await
     }
 
-    fn check_idle(&self) -> Result<()> {
+    pub(super) fn check_idle(&self) -> Result<()> {
         if self.active.get() > 0 {
             let what = "the image is being written to; try again when it is idle";
             return Err(self.health.error(ErrorKind::Busy, None, what));

@@ -6,7 +6,7 @@
 
 use super::Core;
 use super::resolve::Piece;
-use crate::packed::{Wrapping, inflate};
+use crate::inflate::inflate;
 use crate::{ErrorKind, Result};
 use layout::qcow2::{Compression, Packed};
 use layout::{GuestOffset, GuestRange};
@@ -75,10 +75,16 @@ impl Core {
 /// Unpacks one cluster of `size` bytes. What follows the stream is somebody else's.
 fn unpack(how: Compression, stream: &[u8], size: usize) -> std::result::Result<Vec<u8>, String> {
     match how {
-        Compression::Deflate => inflate(stream, Wrapping::None, size, size),
+        Compression::Deflate => {
+            let cluster = inflate(stream, false, size)?;
+            match cluster.len() {
+                len if len == size => Ok(cluster),
+                len => Err(format!("it has {len} bytes, not {size}")),
+            }
+        }
         Compression::Zstd => {
-            let mut cluster = vec![0; size];
             let frame = zstd::stream::read::Decoder::with_buffer(stream).map_err(|error| error.to_string())?;
+            let mut cluster = vec![0; size];
             frame.single_frame().read_exact(&mut cluster).map_err(|error| error.to_string())?;
             Ok(cluster)
         }

@@ -139,7 +139,7 @@ impl Image for QedImage {
             warnings.push(format!("unknown autoclear features {:#x} are set", header.autoclear_features));
         }
         let cluster_size = Some(header.geometry.cluster_size());
-        ImageInfo { cluster_size, dirty: self.core.found_dirty.get(), warnings, encrypted: false, qcow2: None }
+        ImageInfo { cluster_size, dirty: self.core.found_dirty.get(), warnings, ..ImageInfo::default() }
     }
 
     fn lookup(&self, range: GuestRange) -> Result<Option<Mapped>> {

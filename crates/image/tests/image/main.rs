@@ -3,21 +3,26 @@
 
 extern crate headwater_image as image;
 
+mod amend;
 mod basics;
 mod bitmaps;
 mod crash;
 mod data_file;
 mod faults;
 mod files;
-mod grid;
 mod guest;
 mod hostile;
 mod luks;
+mod masters;
 mod model;
 mod mutation;
+mod packed;
 mod pitfalls;
 mod pressure;
 mod qcow2;
 mod raw;
 mod reference;
 mod subject;
+mod vhdx;
+mod vmdk;
+mod vpc;

@@ -2,6 +2,7 @@
 //! the place of each cluster, clusters. All numbers are little-endian.
 
 use crate::field::{Error, ErrorKind};
+use crate::number::le32;
 use crate::{HostOffset, HostRange};
 
 /// Bytes of the header.
@@ -30,18 +31,16 @@ impl Header {
     /// From the first [`HEADER_BYTES`] of a file.
     pub fn decode(bytes: &[u8]) -> Result<Self, Error> {
         let fail = |kind, field, at: u64, value: u64, why: &'static str| Err(Error::new(kind, field, at, value, why));
-        let u32_at =
-            |at: usize| bytes.get(at..at + 4).and_then(|b| b.first_chunk()).map_or(0, |b| u32::from_le_bytes(*b));
         let extended = bytes.starts_with(&MAGIC_EXTENDED);
         if bytes.len() < HEADER_BYTES || !extended && !bytes.starts_with(&MAGIC) {
-            return fail(ErrorKind::Foreign, "magic", 0, u32_at(0).into(), "not a Parallels image");
+            return fail(ErrorKind::Foreign, "magic", 0, le32(bytes, 0).into(), "not a Parallels image");
         }
-        if u32_at(16) != 2 {
-            return fail(ErrorKind::Unsupported, "version", 16, u32_at(16).into(), "only version 2 is known");
+        if le32(bytes, 16) != 2 {
+            return fail(ErrorKind::Unsupported, "version", 16, le32(bytes, 16).into(), "only version 2 is known");
         }
-        let (tracks, clusters) = (u64::from(u32_at(28)), u32_at(32));
-        let low = u64::from(u32_at(36));
-        let sectors = if extended { low | u64::from(u32_at(40)) << 32 } else { low };
+        let (tracks, clusters) = (u64::from(le32(bytes, 28)), le32(bytes, 32));
+        let low = u64::from(le32(bytes, 36));
+        let sectors = if extended { low | u64::from(le32(bytes, 40)) << 32 } else { low };
         let cluster = tracks * 512;
         if !cluster.is_power_of_two() || cluster > 1 << 30 {
             return fail(ErrorKind::Unsupported, "tracks", 28, tracks, "clusters that are no power of two");

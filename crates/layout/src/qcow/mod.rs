@@ -1,104 +1,114 @@
-//! QCOW, version 1 (QEMU's first format of its own, `docs/interop` before 2008; the layout is the one that QEMU's later documents
-//! refer back to): a header, an L1 table, L2 tables, clusters. All numbers are big-endian.
+//! QCOW version 1, the ancestor of QCOW2: a header, an L1 table, L2 tables, clusters, some of them packed. All numbers are big-endian.
+//! (The layout is the one that QEMU's and Xen's documents of the format describe.)
 
 use crate::field::{Error, ErrorKind};
+use crate::number::{be32, be64};
 use crate::{HostOffset, HostRange};
 
 /// Bytes of the header.
 pub const HEADER_BYTES: usize = 48;
 
-/// What a file begins with: the magic that QCOW2 has too, and the version.
+/// What images begin with: QCOW2's magic, and a version of its own.
 pub const MAGIC: [u8; 8] = *b"QFI\xfb\0\0\0\x01";
 
-/// The longest name of a backing file, in bytes.
-const MAX_NAME: u32 = 1023;
+/// The longest name of a backing file.
+const NAME_MOST: u32 = 1023;
 
-/// The bit that marks a packed cluster.
+/// In an L2 entry: the cluster is packed.
 const PACKED: u64 = 1 << 63;
 
 /// A header that makes sense.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Header {
-    /// Bytes of the disk.
+    /// Bytes of the disk: whole sectors.
     pub size: u64,
-    /// log2 of a cluster's bytes, 9 to 16.
-    pub cluster_bits: u32,
-    /// log2 of an L2 table's entries.
-    pub l2_bits: u32,
-    /// Where the L1 table is.
-    pub l1: HostRange,
-    /// Where the backing file's name is, if there is one.
-    pub backing: Option<HostRange>,
+    /// Where the name of the backing file is, if there is one.
+    pub backing_name: Option<HostRange>,
+    cluster_bits: u8,
+    l2_bits: u8,
+    l1: u64,
 }
 
-/// What an L2 entry says.
+/// What an L2 entry says of its cluster.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Entry {
-    /// Nothing.
+pub enum Cluster {
+    /// Nothing: what lies below shows through.
     Unallocated,
-    /// The cluster is here.
+    /// It is here.
     Data(HostOffset),
-    /// It is packed: a deflate stream of so many bytes.
+    /// A deflate stream is here that it unpacks from.
     Packed(HostRange),
 }
 
 impl Header {
     /// From the first [`HEADER_BYTES`] of a file.
     pub fn decode(bytes: &[u8]) -> Result<Self, Error> {
-        let fail =
-            |kind, field, at: usize, value: u64, why: &'static str| Err(Error::new(kind, field, at as u64, value, why));
-        let u32_at =
-            |at: usize| bytes.get(at..at + 4).and_then(|b| b.first_chunk()).map_or(0, |b| u32::from_be_bytes(*b));
-        let u64_at =
-            |at: usize| bytes.get(at..at + 8).and_then(|b| b.first_chunk()).map_or(0, |b| u64::from_be_bytes(*b));
-        if !bytes.starts_with(&MAGIC) {
-            return fail(ErrorKind::Foreign, "magic", 0, u64_at(0), "not a QCOW image of version 1");
+        let fail = |kind, field, at: u64, value: u64, why: &'static str| Err(Error::new(kind, field, at, value, why));
+        if bytes.len() < HEADER_BYTES || !bytes.starts_with(&MAGIC) {
+            return fail(ErrorKind::Foreign, "magic", 0, be64(bytes, 0), "not a QCOW image of version 1");
         }
-        let (size, cluster_bits, l2_bits) =
-            (u64_at(24), u32::from(*bytes.get(32).unwrap_or(&0)), u32::from(*bytes.get(33).unwrap_or(&0)));
-        if u32_at(36) != 0 {
-            return fail(
-                ErrorKind::Unsupported,
-                "crypt_method",
-                36,
-                u32_at(36).into(),
-                "encrypted images are not read",
-            );
+        let (name, name_len, size) = (be64(bytes, 8), be32(bytes, 16), be64(bytes, 24));
+        let (cluster_bits, l2_bits, crypt, l1) = (bytes[32], bytes[33], be32(bytes, 36), be64(bytes, 40));
+        if crypt != 0 {
+            let why = "the image is encrypted, which is not supported; decrypt it with 'qemu-img convert'";
+            return fail(ErrorKind::Unsupported, "crypt_method", 36, crypt.into(), why);
         }
         if !(9..=16).contains(&cluster_bits) {
-            return fail(ErrorKind::Invalid, "cluster_bits", 32, cluster_bits.into(), "9 to 16 are possible");
+            return fail(
+                ErrorKind::Invalid,
+                "cluster_bits",
+                32,
+                cluster_bits.into(),
+                "clusters have 512 bytes to 64 KiB",
+            );
         }
         if !(6..=13).contains(&l2_bits) {
-            return fail(ErrorKind::Invalid, "l2_bits", 33, l2_bits.into(), "6 to 13 are possible");
+            return fail(ErrorKind::Invalid, "l2_bits", 33, l2_bits.into(), "L2 tables have 64 to 8192 entries");
         }
-        let reach = cluster_bits + l2_bits;
-        if size > i64::MAX as u64 || size.div_ceil(1 << reach) > u64::from(u32::MAX) / 8 {
-            return fail(ErrorKind::Invalid, "size", 24, size, "larger than any table");
+        if size > i64::MAX as u64 {
+            return fail(ErrorKind::Invalid, "size", 24, size, "larger than any disk");
         }
-        let l1_at = u64_at(40);
-        if l1_at > i64::MAX as u64 {
-            return fail(ErrorKind::Invalid, "l1_table_offset", 40, l1_at, "past the end of any file");
+        if l1 > i64::MAX as u64 / 2 {
+            return fail(ErrorKind::Invalid, "l1_table_offset", 40, l1, "no place for a table");
         }
-        let (name_at, name_len) = (u64_at(8), u32_at(16));
-        if name_at > 0 && (name_len > MAX_NAME || name_at > i64::MAX as u64) {
-            return fail(ErrorKind::Invalid, "backing_file_size", 16, name_len.into(), "longer than a name can be");
+        if name != 0 && (name_len > NAME_MOST || name > i64::MAX as u64) {
+            return fail(ErrorKind::Invalid, "backing_file_size", 16, name_len.into(), "no name is that long");
         }
-        let backing = (name_at > 0 && name_len > 0).then(|| HostOffset(name_at).range(name_len.into()));
-        let l1 = HostOffset(l1_at).range(size.div_ceil(1 << reach) * 8);
-        Ok(Self { size, cluster_bits, l2_bits, l1, backing })
+        let backing_name = (name != 0 && name_len > 0).then(|| HostOffset(name).range(name_len.into()));
+        Ok(Self { size: size / 512 * 512, backing_name, cluster_bits, l2_bits, l1 })
     }
 
-    /// What an L2 entry says; `None` if it makes no sense.
-    pub fn entry(&self, raw: u64) -> Option<Entry> {
-        if raw == 0 {
-            return Some(Entry::Unallocated);
+    /// Bytes of a cluster.
+    pub fn cluster(&self) -> u64 {
+        1 << self.cluster_bits
+    }
+
+    /// Entries of an L2 table.
+    pub fn l2_entries(&self) -> u64 {
+        1 << self.l2_bits
+    }
+
+    /// Bytes of the disk that one L2 table maps.
+    pub fn reach(&self) -> u64 {
+        1 << (self.cluster_bits + self.l2_bits)
+    }
+
+    /// Where the L1 table lies.
+    pub fn l1_table(&self) -> HostRange {
+        HostOffset(self.l1).range(self.size.div_ceil(self.reach()) * 8)
+    }
+
+    /// What an L2 entry says.
+    pub fn cluster_at(&self, entry: [u8; 8]) -> Cluster {
+        match u64::from_be_bytes(entry) {
+            0 => Cluster::Unallocated,
+            entry if entry & PACKED == 0 => Cluster::Data(HostOffset(entry)),
+            entry => {
+                let bits = 63 - self.cluster_bits;
+                let (at, len) = (entry & ((1 << bits) - 1), (entry & !PACKED) >> bits);
+                Cluster::Packed(HostOffset(at).range(len))
+            }
         }
-        if raw & PACKED == 0 {
-            return i64::try_from(raw).is_ok().then_some(Entry::Data(HostOffset(raw)));
-        }
-        let shift = 63 - self.cluster_bits;
-        let (at, len) = (raw & ((1 << shift) - 1), raw >> shift & ((1 << self.cluster_bits) - 1));
-        Some(Entry::Packed(HostOffset(at).range(len)))
     }
 }
 
@@ -106,20 +116,41 @@ impl Header {
 mod tests {
     use super::*;
 
-    #[test]
-    fn a_packed_entry_has_its_length_above_its_place() {
-        let mut bytes = [0_u8; HEADER_BYTES];
+    fn header() -> Vec<u8> {
+        let mut bytes = vec![0; HEADER_BYTES];
         bytes[..8].copy_from_slice(&MAGIC);
-        bytes[24..32].copy_from_slice(&(1_u64 << 20).to_be_bytes());
+        bytes[24..32].copy_from_slice(&(10_u64 << 20).to_be_bytes());
         (bytes[32], bytes[33]) = (12, 9);
-        bytes[40..].copy_from_slice(&48_u64.to_be_bytes());
+        bytes[40..48].copy_from_slice(&48_u64.to_be_bytes());
+        bytes
+    }
+
+    #[test]
+    fn numbers_are_where_they_belong() {
+        let mut bytes = header();
+        bytes[8..16].copy_from_slice(&56_u64.to_be_bytes());
+        bytes[16..20].copy_from_slice(&5_u32.to_be_bytes());
         let header = Header::decode(&bytes).unwrap();
-        assert_eq!(header.l1, HostOffset(48).range(8));
-        let raw = PACKED | 100 << 51 | 0x1234;
-        assert_eq!(header.entry(raw), Some(Entry::Packed(HostOffset(0x1234).range(100))));
-        assert_eq!(header.entry(0x8000), Some(Entry::Data(HostOffset(0x8000))));
-        bytes[32] = 30;
-        assert!(Header::decode(&bytes).is_err());
-        assert!(Header::decode(&bytes[..10]).is_err());
+        assert_eq!((header.size, header.cluster(), header.reach()), (10 << 20, 4096, 2 << 20));
+        assert_eq!(header.l1_table(), HostOffset(48).range(40));
+        assert_eq!(header.backing_name, Some(HostOffset(56).range(5)));
+        assert_eq!(header.cluster_at([0; 8]), Cluster::Unallocated);
+        assert_eq!(header.cluster_at(8192_u64.to_be_bytes()), Cluster::Data(HostOffset(8192)));
+        let packed = 1_u64 << 63 | 300 << 51 | 0x1234;
+        assert_eq!(header.cluster_at(packed.to_be_bytes()), Cluster::Packed(HostOffset(0x1234).range(300)));
+    }
+
+    #[test]
+    fn what_makes_no_sense_is_named() {
+        for (at, value, field) in
+            [(0, 0, "magic"), (7, 2, "magic"), (32, 17, "cluster_bits"), (33, 5, "l2_bits"), (24, 0x80, "size")]
+        {
+            let mut bytes = header();
+            bytes[at] = value;
+            assert_eq!(Header::decode(&bytes).unwrap_err().field(), field);
+        }
+        let mut bytes = header();
+        bytes[39] = 1;
+        assert_eq!(Header::decode(&bytes).unwrap_err().kind(), ErrorKind::Unsupported);
     }
 }

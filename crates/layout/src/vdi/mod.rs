@@ -2,6 +2,7 @@
 //! (No specification was published; the layout is the one that VirtualBox's headers and QEMU's documentation describe.)
 
 use crate::field::{Error, ErrorKind};
+use crate::number::{le32, le64};
 use crate::{HostOffset, HostRange};
 
 /// Bytes of the header that are looked at.
@@ -44,18 +45,20 @@ impl Header {
     pub fn decode(bytes: &[u8]) -> Result<Self, Error> {
         let fail =
             |kind, field, at: usize, value: u64, why: &'static str| Err(Error::new(kind, field, at as u64, value, why));
-        let u32_at =
-            |at: usize| bytes.get(at..at + 4).and_then(|b| b.first_chunk()).map_or(0, |b| u32::from_le_bytes(*b));
-        let u64_at =
-            |at: usize| bytes.get(at..at + 8).and_then(|b| b.first_chunk()).map_or(0, |b| u64::from_le_bytes(*b));
         if bytes.get(SIGNATURE_AT..SIGNATURE_AT + 4) != Some(&SIGNATURE) {
-            return fail(ErrorKind::Foreign, "signature", SIGNATURE_AT, u32_at(SIGNATURE_AT).into(), "not a VDI image");
+            return fail(
+                ErrorKind::Foreign,
+                "signature",
+                SIGNATURE_AT,
+                le32(bytes, SIGNATURE_AT).into(),
+                "not a VDI image",
+            );
         }
-        let version = u32_at(0x44);
+        let version = le32(bytes, 0x44);
         if version != 0x0001_0001 {
             return fail(ErrorKind::Unsupported, "version", 0x44, version.into(), "only version 1.1 is known");
         }
-        let kind = u32_at(0x4c);
+        let kind = le32(bytes, 0x4c);
         if kind != 1 && kind != 2 {
             return fail(
                 ErrorKind::Unsupported,
@@ -68,14 +71,14 @@ impl Header {
         if bytes.get(0x1a8..0x1c8).is_none_or(|ids| ids.iter().any(|byte| *byte != 0)) {
             return fail(ErrorKind::Unsupported, "parent", 0x1a8, 1, "images with a parent are not supported");
         }
-        let (block, size, blocks) = (u64::from(u32_at(0x178)), u64_at(0x170), u32_at(0x180));
+        let (block, size, blocks) = (u64::from(le32(bytes, 0x178)), le64(bytes, 0x170), le32(bytes, 0x180));
         if !block.is_power_of_two() || !(512..=1 << 30).contains(&block) {
             return fail(ErrorKind::Invalid, "block_size", 0x178, block, "no size of a block");
         }
         if size > i64::MAX as u64 || size.div_ceil(block) > blocks.into() {
             return fail(ErrorKind::Invalid, "disk_size", 0x170, size, "more than the blocks hold");
         }
-        Ok(Self { size, block, blocks, map: u32_at(0x154), data: u32_at(0x158) })
+        Ok(Self { size, block, blocks, map: le32(bytes, 0x154), data: le32(bytes, 0x158) })
     }
 
     /// Where the map lies.
