@@ -1,8 +1,8 @@
 //! `headwater qemu`: the real QEMU, with its disks served by Headwater and its monitors joined.
 
 use std::ffi::OsStr;
-use std::io::Read as _;
-use std::os::fd::AsRawFd as _;
+use std::io::{BufRead as _, IoSlice, Read as _, Write as _};
+use std::os::fd::{AsFd as _, AsRawFd as _};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -17,6 +17,7 @@ use headwater_tests::qmp::Qmp;
 use headwater_tests::random::Random;
 use headwater_tests::{Result, peer};
 use rustix::io::{FdFlags, fcntl_setfd};
+use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
 use rustix::process::{Signal, kill_process};
 use serde_json::{Value, json};
 
@@ -141,6 +142,12 @@ fn one_monitor_for_the_guest_and_its_disks() -> Result {
     qmp.execute("block_stream", json!({ "device": "virtio0" }))?;
     let done = qmp.event("BLOCK_JOB_COMPLETED")?;
     assert_eq!((&done["device"], &done["offset"]), (&json!("virtio0"), &done["len"]));
+    // Trace points are whoever's they are.
+    let state = |name: &str| json!({ "name": name });
+    assert_eq!(qmp.execute("trace-event-get-state", state("disk_request"))?[0]["state"], "disabled");
+    qmp.execute("trace-event-set-state", json!({ "name": "job_status", "enable": true }))?;
+    assert_eq!(qmp.execute("trace-event-get-state", state("job_status"))?[0]["state"], "enabled");
+    qmp.refused("trace-event-get-state", state("no_such_event"))?;
     // What QEMU would do to its NBD client is not done to our disk.
     let refused = qmp.refused("drive-mirror", json!({ "device": "virtio0", "target": "x", "sync": "full" }))?;
     assert!(refused.desc.contains("drive-mirror") && refused.desc.contains("Headwater"), "{refused}");
@@ -247,6 +254,33 @@ fn a_domain_as_libvirt_starts_it() -> Result {
     assert!(daemon.exits()?.success(), "{}", daemon.log());
     check(&top)?.ok()?;
     assert_eq!(info(&top)?.get("backing-filename"), None);
+    Ok(())
+}
+
+/// Descriptors go through the monitor to QEMU, with the command that they are for.
+#[test]
+fn descriptors_reach_qemu() -> Result {
+    peer!("headwater", "qemu-system-x86_64", "qemu-img");
+    let dir = tempfile::tempdir()?;
+    overlay(dir.path(), "my.qed", "qed")?;
+    let front = Front::in_dir(dir.path()).words(["-hda", "my.qed", "-S"]).start()?;
+    let mut stream = UnixStream::connect(front.qmp_socket())?;
+    stream.set_read_timeout(Some(PATIENCE))?;
+    let mut answers = std::io::BufReader::new(stream.try_clone()?).lines();
+    let mut answer = || -> Result<Value> { Ok(serde_json::from_str(&answers.next().ok_or("the end")??)?) };
+    answer()?;
+    // All at once: the descriptor is for the last of them.
+    stream.write_all(b"{'execute': 'qmp_capabilities'} {'execute': 'query-status'}")?;
+    let file = std::fs::File::open(dir.path().join("base.raw"))?;
+    let mut space = [std::mem::MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+    let mut control = SendAncillaryBuffer::new(&mut space);
+    let fds = [file.as_fd()];
+    control.push(SendAncillaryMessage::ScmRights(&fds));
+    let add = IoSlice::new(b"{'execute': 'add-fd', 'arguments': {'fdset-id': 7}}");
+    sendmsg(&stream, &[add], &mut control, SendFlags::empty())?;
+    assert_eq!(answer()?["return"], json!({}));
+    assert_eq!(answer()?["return"]["status"], "prelaunch");
+    assert_eq!(answer()?["return"]["fdset-id"], 7);
     Ok(())
 }
 
@@ -458,7 +492,6 @@ fn a_guest_is_paused_when_headwater_is_lost() -> Result {
 
 /// What a monitor for people answers.
 fn asked(socket: &Path, line: &str) -> Result<String> {
-    use std::io::Write as _;
     let mut stream = UnixStream::connect(socket)?;
     stream.set_read_timeout(Some(Duration::from_millis(500)))?;
     stream.write_all(format!("{line}\n").as_bytes())?;

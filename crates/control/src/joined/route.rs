@@ -39,6 +39,8 @@ pub(super) enum Merged {
     Schema,
     /// Lists of which the one is appended to the other.
     Lists,
+    /// Whoever knows what is named, or both.
+    Either,
 }
 
 /// What both have to do something for.
@@ -88,6 +90,7 @@ pub(super) fn route(command: &str) -> Route {
         "query-commands" => Route::Merged(Merged::Commands),
         "query-qmp-schema" => Route::Merged(Merged::Schema),
         "query-jobs" | "query-block-jobs" | "query-block-exports" => Route::Merged(Merged::Lists),
+        "trace-event-get-state" | "trace-event-set-state" => Route::Merged(Merged::Either),
         "blockdev-add" => Route::Both(Shared::AddNode),
         "blockdev-del" => Route::Both(Shared::RemoveNode),
         "device_add" => Route::Both(Shared::AddDevice),

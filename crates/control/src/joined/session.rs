@@ -308,9 +308,18 @@ impl Session {
         }
     }
 
-    /// An answer that both have a part in. If QEMU refuses, so do we.
+    /// An answer that both have a part in. If QEMU refuses, so do we, unless either will do.
     async fn merged(&mut self, how: Merged, command: &str, arguments: Map<String, Value>) -> Step<Answer> {
-        let theirs = match self.ask(command, arguments.clone()).await? {
+        let theirs = self.ask(command, arguments.clone()).await?;
+        if how == Merged::Either {
+            let mine = qmp::execute(self.joined.engine(), command, arguments).await;
+            return Ok(match (theirs, mine) {
+                (Ok(theirs @ Value::Array(_)), Ok(mine)) => Ok(merge::lists(theirs, mine)),
+                (Err(_), Ok(mine)) => Ok(mine),
+                (theirs, _) => theirs,
+            });
+        }
+        let theirs = match theirs {
             Ok(theirs) => theirs,
             refused => return Ok(refused),
         };
@@ -329,7 +338,9 @@ impl Session {
             Merged::Commands => Ok(merge::commands(theirs, qmp::names())),
             Merged::Schema => Ok(merge::schema(theirs, qmp::described())),
             Merged::Devices => Ok(merge::devices(theirs, &joined.ours().await?)),
-            Merged::Lists => Ok(merge::lists(theirs, qmp::execute(joined.engine(), command, arguments).await?)),
+            Merged::Lists | Merged::Either => {
+                Ok(merge::lists(theirs, qmp::execute(joined.engine(), command, arguments).await?))
+            }
             Merged::Nodes => {
                 let mine = qmp::execute(joined.engine(), command, arguments).await?;
                 Ok(merge::nodes(theirs, mine, &joined.ours().await?))

@@ -40,6 +40,10 @@ pub(crate) fn run(words: Vec<OsString>) -> Outcome {
     if plan.daemonize && !background::is_detached() {
         return background::start("-daemonize", "-pidfile", plan.pid_file.as_deref(), "qemu");
     }
+    for option in line.values(&["trace"]).filter(|option| !option.contains("file=") && !option.contains("events=")) {
+        // What is no point of ours is QEMU's, which says so if it is not.
+        let _ = control::trace::from_option(option);
+    }
     let overlays = start::overlays(&plan)?;
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
     let runtime = runtime.map_err(|error| format!("could not set up the control thread: {error}"))?;
