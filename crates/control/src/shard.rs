@@ -162,6 +162,15 @@ impl ShardState {
         Ok(())
     }
 
+    /// A device's disk has another size: guests hear of it.
+    pub(crate) fn announce_device_size(&self, disk: &Rc<Disk>) {
+        for (name, server) in self.vhost_user.borrow().iter() {
+            if self.device(name).is_some_and(|device| Rc::ptr_eq(&device.disk, disk)) {
+                server.resized();
+            }
+        }
+    }
+
     /// Ends exports, then jobs, then disks: no guest request and no job is in flight when a disk closes. The first failure
     /// is reported, the rest is closed all the same.
     pub(crate) async fn shut_down(&self) -> Result<(), Failure> {

@@ -12,6 +12,8 @@ pub(super) struct Ours {
     pub(super) inserted: HashMap<String, Value>,
     /// QEMU's NBD clients, by their node names.
     pub(super) clients: Vec<String>,
+    /// Drives of which QEMU has only a device: their names, and the devices' paths.
+    pub(super) apart: Vec<(String, String)>,
 }
 
 fn text<'a>(row: &'a Value, key: &str) -> &'a str {
@@ -41,6 +43,12 @@ pub(super) fn devices(emulator: Value, ours: &Ours) -> Value {
             }
             row["inserted"] = inserted;
         }
+    }
+    for (name, path) in &ours.apart {
+        merged.push(json!({
+            "io-status": "ok", "device": name, "locked": false, "removable": false, "qdev": path, "type": "unknown",
+            "inserted": ours.inserted.get(name),
+        }));
     }
     Value::Array(merged)
 }
@@ -77,6 +85,14 @@ pub(super) fn stats(emulator: Value, own: Value, ours: &Ours, by_node: bool) -> 
             }
         }
         row["node-name"] = node;
+    }
+    for (name, path) in &ours.apart {
+        // What went through it, only we have seen.
+        if let Some(mine) = own.iter().find(|mine| text(mine, "device") == name) {
+            let mut row = mine.clone();
+            row["qdev"] = json!(path);
+            merged.push(row);
+        }
     }
     Value::Array(merged)
 }
@@ -179,6 +195,7 @@ mod tests {
         Ours {
             inserted: [("virtio0".to_owned(), image("#block1")), ("fmt".to_owned(), image("fmt"))].into(),
             clients: vec!["headwater-0".into(), "fmt".into()],
+            apart: Vec::new(),
         }
     }
 
@@ -196,6 +213,17 @@ mod tests {
         assert_eq!(merged[1]["inserted"]["image"]["filename"], "my.qed");
         assert_eq!(merged[2]["inserted"]["drv"], "raw");
         assert!(merged[3].get("inserted").is_none());
+    }
+
+    #[test]
+    fn a_disk_that_qemu_has_no_client_for_is_shown_too() {
+        let apart = vec![("virtio0".to_owned(), "/d/y".to_owned())];
+        let ours = Ours { clients: Vec::new(), apart, ..ours() };
+        let merged = devices(json!([]), &ours);
+        assert_eq!((&merged[0]["qdev"], &merged[0]["inserted"]["drv"]), (&json!("/d/y"), &json!("qed")));
+        let own = json!([{"device": "virtio0", "node-name": "#block1", "stats": {"rd_bytes": 9}}]);
+        let merged = stats(json!([]), own, &ours, false);
+        assert_eq!((&merged[0]["qdev"], &merged[0]["stats"]["rd_bytes"]), (&json!("/d/y"), &json!(9)));
     }
 
     #[test]

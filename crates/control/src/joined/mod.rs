@@ -40,8 +40,27 @@ pub const RECONNECT_DELAY: u32 = 5;
 pub struct Drive {
     /// Its name, for QEMU and for us.
     pub device: String,
-    /// The node name of QEMU's NBD client.
-    pub client: String,
+    /// What QEMU has of it.
+    pub seen: Seen,
+}
+
+/// What QEMU has of a drive.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Seen {
+    /// An NBD client, by its node name.
+    Client(String),
+    /// Only a device of the guest's, by its path in QEMU: it reaches the disk over vhost-user.
+    Device(String),
+}
+
+impl Drive {
+    /// The NBD client's node, if there is one.
+    fn client(&self) -> Option<&str> {
+        match &self.seen {
+            Seen::Client(client) => Some(client),
+            Seen::Device(_) => None,
+        }
+    }
 }
 
 /// How a node is to be used, which its user said when it was added.

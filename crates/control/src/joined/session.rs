@@ -368,7 +368,7 @@ impl Session {
             Shared::Resize => {
                 let names = [string(&arguments, "device"), string(&arguments, "node-name")];
                 match self.any_ours(&names).await {
-                    Ok(true) if self.guest_has(&names) => Ok(Err(generic(
+                    Ok(true) if self.reached_over_nbd(&names) => Ok(Err(generic(
                         "A disk that the guest has cannot change its size: the guest reaches it over NBD, which has one for good",
                     ))),
                     ours => self.run_or_ask(ours, command, arguments, request).await,
@@ -398,12 +398,12 @@ impl Session {
         }
     }
 
-    /// Whether the guest has one of these: a device's name is never an empty one.
-    fn guest_has(&self, names: &[String]) -> bool {
+    /// Whether the guest has one of these over NBD: a device's name is never an empty one.
+    fn reached_over_nbd(&self, names: &[String]) -> bool {
         let drives = locked(&self.joined.inner.drives);
         names.iter().filter(|name| !name.is_empty()).any(|name| {
-            let is_drive = drives.iter().any(|drive| drive.device == *name || drive.client == *name);
-            is_drive || self.joined.is_lent(name)
+            let drive = drives.iter().find(|drive| drive.device == *name || drive.client() == Some(name.as_str()));
+            drive.is_some_and(|drive| drive.client().is_some()) || self.joined.is_lent(name)
         })
     }
 

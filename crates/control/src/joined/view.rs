@@ -1,7 +1,7 @@
 //! What is ours at this moment, gathered from the shards: for routing and for answers that both have a part in.
 
 use super::merge::{Ours, nested};
-use super::{Joined, locked};
+use super::{Drive, Joined, Seen, locked};
 use crate::Failure;
 use crate::qmp::{self, counters, describe_node};
 use disk::Stats;
@@ -23,7 +23,7 @@ impl Joined {
             ready(Ok(names))
         });
         let mut names: HashSet<String> = found.await?.into_iter().flatten().collect();
-        names.extend(locked(&self.inner.drives).iter().map(|drive| drive.client.clone()));
+        names.extend(locked(&self.inner.drives).iter().filter_map(Drive::client).map(str::to_owned));
         Ok(names)
     }
 
@@ -55,7 +55,7 @@ impl Joined {
         let drives = locked(&self.inner.drives);
         for key in ["device", "node-name", "node"] {
             if let Some(Value::String(name)) = arguments.get_mut(key)
-                && let Some(drive) = drives.iter().find(|drive| drive.client == *name)
+                && let Some(drive) = drives.iter().find(|drive| drive.client() == Some(name.as_str()))
             {
                 name.clone_from(&drive.device);
             }
@@ -71,10 +71,14 @@ impl Joined {
         for row in devices.as_array().into_iter().flatten() {
             let Some(device) = row["device"].as_str() else { continue };
             ours.inserted.insert(device.to_owned(), row["inserted"].clone());
-            if let Some(drive) = drives.iter().find(|drive| drive.device == device) {
-                // A drive that a device of the guest has is known by its node alone.
-                ours.inserted.insert(drive.client.clone(), row["inserted"].clone());
-                ours.clients.push(drive.client.clone());
+            match drives.iter().find(|drive| drive.device == device).map(|drive| &drive.seen) {
+                Some(Seen::Client(client)) => {
+                    // A drive that a device of the guest has is known by its node alone.
+                    ours.inserted.insert(client.clone(), row["inserted"].clone());
+                    ours.clients.push(client.clone());
+                }
+                Some(Seen::Device(path)) => ours.apart.push((device.to_owned(), path.clone())),
+                None => {}
             }
         }
         let lent = self.engine().lent_tops().await?;

@@ -69,7 +69,11 @@ pub(crate) async fn resize(engine: &Engine, mut arguments: Arguments) -> Result<
         (Some(device), None) => {
             if engine.devices().contains(&device) {
                 let size = to_size(size)?;
-                let resize = move |device: Rc<crate::Device>, _| async move { Ok(device.disk.resize(size).await?) };
+                let resize = move |device: Rc<crate::Device>, shard: Rc<crate::ShardState>| async move {
+                    device.disk.resize(size).await?;
+                    shard.announce_size(&device.disk);
+                    Ok(())
+                };
                 return engine.on_device(&device, resize).await.map(|()| json!({}));
             }
             return Err(Failure::generic(format!("Cannot find device='{device}' nor node-name=''")));

@@ -4,7 +4,7 @@
 //! where its bytes are is exchanged. One that is not ours stays as it was written.
 
 use super::line::{Line, Opt};
-use super::nodes::not_understood;
+use super::nodes::{not_understood, tree};
 use control::CacheMode;
 use control::joined::RECONNECT_DELAY;
 use image::Format;
@@ -54,6 +54,8 @@ pub(super) struct Drive {
     pub(super) copy_on_read: bool,
     pub(super) snapshot: bool,
     pub(super) stream: bool,
+    /// Virtqueues, where the guest reaches it over vhost-user; else it is over NBD.
+    pub(super) queues: Option<u16>,
     kept: Map<String, Value>,
 }
 
@@ -66,7 +68,28 @@ pub(super) enum Fate {
     Emulators(Option<String>),
 }
 
+/// What a drive may say that is to be reached over vhost-user: there QEMU has no part in caches, errors and rates.
+const PLAIN: [&str; 9] = ["addr", "aio", "cache", "discard", "if", "index", "media", "read-only", "readonly"];
+
 impl Drive {
+    /// The device's path in QEMU, where the guest reaches the disk over vhost-user.
+    pub(super) fn device_path(&self) -> String {
+        format!("/machine/peripheral/{}", self.client)
+    }
+
+    /// QEMU's words for a device that reaches the disk over vhost-user on `socket`.
+    pub(super) fn device(&self, socket: &Path, queues: u16) -> [String; 4] {
+        let (id, path) = (&self.client, socket.to_string_lossy().replace(',', ",,"));
+        let address = self.kept.get("addr").and_then(Value::as_str);
+        let address = address.map(|address| format!(",addr={address}")).unwrap_or_default();
+        [
+            "-chardev".to_owned(),
+            format!("socket,id={id},path={path}"),
+            "-device".to_owned(),
+            format!("vhost-user-blk-pci,id={id},chardev={id},num-queues={queues}{address}"),
+        ]
+    }
+
     /// What QEMU's `-drive` takes, for an export under the drive's id on `socket`.
     pub(super) fn option(&self, socket: &Path) -> String {
         let mut parts: Vec<String> = Vec::new();
@@ -108,6 +131,37 @@ pub(super) struct Places {
     snapshot: bool,
     /// Objects that disks may refer to.
     objects: HashSet<String>,
+    /// Virtqueues for virtio disks over vhost-user, where the guest's memory can be shared.
+    queues: Option<u16>,
+}
+
+/// More processors than these are served over NBD.
+const MOST_QUEUES: u16 = 64;
+
+/// Whether the whole memory of a machine with PCI can be shared, and then a queue for each of its processors.
+fn queues(line: &Line) -> Option<u16> {
+    let on = |value: Option<&Value>| match value {
+        Some(Value::Bool(on)) => *on,
+        Some(Value::String(word)) => matches!(word.as_str(), "on" | "yes" | "true"),
+        _ => false,
+    };
+    let said =
+        |text: &str, implied: &str, key: &str| tree(text, implied)?.get(key).and_then(Value::as_str).map(str::to_owned);
+    let machines = || line.values(&["M", "machine"]);
+    let backend = machines().find_map(|machine| said(machine, "type", "memory-backend"))?;
+    let without_pci = |name: String| name.contains("microvm") || name == "none" || name == "isapc";
+    if machines().any(|machine| said(machine, "type", "type").is_some_and(without_pci)) {
+        return None;
+    }
+    let shared = line.values(&["object"]).filter_map(|object| tree(object, "qom-type")).any(|object| {
+        let is_it = object.get("id").and_then(Value::as_str) == Some(&backend);
+        is_it && on(object.get("share"))
+    });
+    let processors = match line.values(&["smp"]).last() {
+        None => Some(1),
+        Some(text) => said(text, "cpus", "cpus").and_then(|count| count.parse().ok()),
+    };
+    processors.filter(|count| shared && (1..=MOST_QUEUES).contains(count))
 }
 
 impl Places {
@@ -120,6 +174,7 @@ impl Places {
             default_interface: if pc { "ide" } else { "virtio" }.to_owned(),
             snapshot: line.has("snapshot"),
             objects: objects.clone(),
+            queues: queues(line).filter(|_| pc),
             ..Self::default()
         }
     }
@@ -243,7 +298,10 @@ impl Places {
         let client = said("node-name").map_or_else(|| format!("headwater-{}", self.served), str::to_owned);
         self.served += 1;
         self.ids.push(id.clone());
-        Fate::Ours(Box::new(Drive { id, client, file, format, cache, read_only, copy_on_read, snapshot, stream, kept }))
+        let plain = interface == "virtio" && !removable && kept.keys().all(|key| PLAIN.contains(&key.as_str()));
+        let queues = self.queues.filter(|_| plain);
+        let drive = Drive { id, client, file, format, cache, read_only, copy_on_read, snapshot, stream, queues, kept };
+        Fate::Ours(Box::new(drive))
     }
 }
 
@@ -396,6 +454,29 @@ mod tests {
             assert!(matches!(&fates(words)[..], [Fate::Emulators(Some(_))]), "{words:?}");
         }
         assert!(matches!(&fates(&["-drive", "media=cdrom,file=x.iso,stream=on"])[..], [Fate::Ours(_)]));
+    }
+
+    #[test]
+    fn memory_that_is_shared_is_used() {
+        let queues = |object: &str, machine: &str, more: &str, drive: &str| {
+            only(&["-object", object, "-machine", machine, "-smp", more, "-drive", drive]).queues
+        };
+        let (memory, machine) = ("memory-backend-memfd,id=m,size=1G,share=on", "q35,memory-backend=m");
+        let drive = "if=virtio,file=a,cache=none,stream=on";
+        assert_eq!(queues(memory, machine, "4", drive), Some(4));
+        assert_eq!(
+            queues(r#"{"qom-type":"memory-backend-file","id":"m","share":true}"#, machine, "cpus=2", drive),
+            Some(2)
+        );
+        assert_eq!(queues("memory-backend-memfd,id=m,size=1G,share=off", machine, "4", drive), None);
+        assert_eq!(queues(memory, "q35", "4", drive), None);
+        assert_eq!(queues(memory, machine, "sockets=2,cores=2", drive), None);
+        for other in ["if=none,id=x,file=a", "if=virtio,file=a,bps=7", "if=virtio,file=a,werror=report", "file=a"] {
+            assert_eq!(queues(memory, machine, "4", other), None, "{other}");
+        }
+        let words = only(&["-drive", "if=virtio,file=a,addr=0x7"]).device(Path::new("/s"), 2);
+        assert_eq!(words[1], "socket,id=headwater-0,path=/s");
+        assert_eq!(words[3], "vhost-user-blk-pci,id=headwater-0,chardev=headwater-0,num-queues=2,addr=0x7");
     }
 
     #[test]

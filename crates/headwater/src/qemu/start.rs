@@ -146,8 +146,11 @@ impl Run<'_> {
         let joined = Joined::new(self.engine.clone(), self.dir);
         for (index, drive) in self.plan.drives.iter().enumerate() {
             self.add_drive(index, drive, overlays.get(index).and_then(Option::as_ref)).await?;
-            let client = drive.client.clone();
-            joined.add_drive(joined::Drive { device: drive.id.clone(), client });
+            let seen = match drive.queues {
+                None => joined::Seen::Client(drive.client.clone()),
+                Some(_) => joined::Seen::Device(drive.device_path()),
+            };
+            joined.add_drive(joined::Drive { device: drive.id.clone(), seen });
         }
         for tree in &self.plan.trees {
             let name = tree.get("node-name").and_then(Value::as_str).unwrap_or("?");
@@ -215,8 +218,12 @@ impl Run<'_> {
         };
         let failed = |failure: Failure| format!("drive '{}': {failure}", drive.id);
         self.engine.add_disk(spec).await.map_err(failed)?;
-        let address = Address::Unix(self.drive_socket(index));
-        self.engine.serve_nbd(address, vec![drive.id.clone()]).await.map(drop).map_err(failed)
+        let socket = self.drive_socket(index);
+        let served = match drive.queues {
+            None => self.engine.serve_nbd(Address::Unix(socket), vec![drive.id.clone()]).await.map(drop),
+            Some(queues) => self.engine.serve_vhost_user(&drive.id, socket, queues).await,
+        };
+        served.map_err(failed)
     }
 
     fn drive_socket(&self, index: usize) -> PathBuf {
@@ -240,8 +247,11 @@ impl Run<'_> {
             match part {
                 Part::Words(said) => words.extend(said.iter().cloned()),
                 Part::Drive(index) => {
-                    let option = self.plan.drives[*index].option(&self.drive_socket(*index));
-                    words.extend(["-drive".into(), option.into()]);
+                    let (drive, socket) = (&self.plan.drives[*index], self.drive_socket(*index));
+                    match drive.queues {
+                        None => words.extend(["-drive".into(), drive.option(&socket).into()]),
+                        Some(queues) => words.extend(drive.device(&socket, queues).map(OsString::from)),
+                    }
                 }
                 Part::Client(node) => {
                     if let Some(tree) = joined.lend(node).await.map_err(told)? {
