@@ -8,9 +8,11 @@
 //! guests are killed when dropped.
 #![forbid(unsafe_code)]
 
+pub mod front;
 pub mod guest;
 pub mod headwater;
 pub mod kill;
+pub mod libvirt;
 pub mod master;
 pub mod nbd;
 pub mod nbdkit;

@@ -22,6 +22,9 @@ pub(crate) struct Options {
     /// Leave these stages out
     #[arg(long, value_enum, value_name = "STAGE", value_delimiter = ',')]
     skip: Vec<Stage>,
+    /// Run the tests with libvirt, and these only; installs it where that is possible
+    #[arg(long, conflicts_with_all = ["only", "skip"])]
+    libvirt: bool,
     /// Arguments for the test runner, such as names of tests
     #[arg(last = true)]
     runner: Vec<String>,
@@ -40,6 +43,9 @@ enum Stage {
 }
 
 pub(crate) fn run(workspace: &Workspace, options: &Options) -> Outcome {
+    if options.libvirt {
+        return libvirt(workspace, &options.runner);
+    }
     let wanted = |stage| (options.only.is_empty() || options.only.contains(&stage)) && !options.skip.contains(&stage);
     let (unit, e2e) = (wanted(Stage::Unit), wanted(Stage::E2e));
     let mut clock = Clock::default();
@@ -89,6 +95,22 @@ pub(crate) fn run(workspace: &Workspace, options: &Options) -> Outcome {
         _ => runner::Scope::EndToEnd,
     };
     let summary = runner::run(workspace, scope, &options.runner, &skips, |build, tests| {
+        clock.note("test build", build);
+        clock.note("tests", tests);
+    })?;
+    clock.print();
+    print_skips(&skips)?;
+    summary.finish()
+}
+
+/// The tests with libvirt.
+fn libvirt(workspace: &Workspace, extra: &[String]) -> Outcome {
+    let mut clock = Clock::default();
+    clock.stage("peers", || peers_or_skips(workspace).and_then(|()| peers::libvirt()))?;
+    clock.stage("release build", || workspace.cargo().args(["build", "--release", "--package", "headwater"]).run())?;
+    let skips = workspace.target.join("skipped-tests.txt");
+    let _ = fs::remove_file(&skips);
+    let summary = runner::run(workspace, runner::Scope::Libvirt, extra, &skips, |build, tests| {
         clock.note("test build", build);
         clock.note("tests", tests);
     })?;

@@ -189,6 +189,7 @@ impl ShardState {
                 server.resized();
             }
         }
+        self.announce_device_size(disk);
     }
 
     /// Ends all of them.

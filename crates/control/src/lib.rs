@@ -8,6 +8,8 @@ pub mod engine;
 pub mod error;
 pub mod exports;
 pub mod hmp;
+pub mod joined;
+mod lent;
 pub mod qmp;
 pub mod shard;
 mod socket;

@@ -1,6 +1,7 @@
 //! What lives on one shard: devices, their jobs, their exports. Reached only by closures that run there.
 
 use crate::exports::Export;
+use crate::lent::Lent;
 use crate::{DiskSpec, Failure, Happening};
 use disk::chain::{ChainOptions, FileOpener, Opened, Opener, open_chain};
 use disk::{Disk, DiskOptions};
@@ -37,6 +38,7 @@ pub struct ShardState {
     happened: Rc<dyn Fn(Happening)>,
     pub(crate) exports: RefCell<Vec<Export>>,
     pub(crate) nbd_server: RefCell<Option<Rc<NbdServer>>>,
+    pub(crate) lent: RefCell<Vec<Lent>>,
     nbd: RefCell<Vec<Rc<NbdServer>>>,
     vhost_user: RefCell<Vec<(String, Rc<VhostUserServer>)>>,
 }
@@ -57,6 +59,7 @@ impl ShardState {
                 happened,
                 exports: RefCell::default(),
                 nbd_server: RefCell::default(),
+                lent: RefCell::default(),
                 nbd: RefCell::default(),
                 vhost_user: RefCell::default(),
             }));
@@ -159,10 +162,20 @@ impl ShardState {
         Ok(())
     }
 
+    /// A device's disk has another size: guests hear of it.
+    pub(crate) fn announce_device_size(&self, disk: &Rc<Disk>) {
+        for (name, server) in self.vhost_user.borrow().iter() {
+            if self.device(name).is_some_and(|device| Rc::ptr_eq(&device.disk, disk)) {
+                server.resized();
+            }
+        }
+    }
+
     /// Ends exports, then jobs, then disks: no guest request and no job is in flight when a disk closes. The first failure
     /// is reported, the rest is closed all the same.
     pub(crate) async fn shut_down(&self) -> Result<(), Failure> {
         self.end_exports().await;
+        self.end_lent().await;
         let servers = std::mem::take(&mut *self.nbd.borrow_mut());
         for server in servers {
             server.stop().await;

@@ -24,12 +24,14 @@ mod node;
 pub mod nodes;
 pub mod objects;
 mod options;
+mod served;
 mod sources;
 
 pub use name::{display_name, from_image_options, nbd_target};
 pub use nodes::Graph;
 pub use objects::Objects;
 pub use options::{keyval, nest as nested};
+pub use served::{Refers, serves_name, serves_tree};
 pub use sources::Sources;
 
 use image::{Error, ErrorKind};

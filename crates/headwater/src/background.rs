@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 const PATIENCE: Duration = Duration::from_secs(30);
 
 /// Set for a server that runs in the background.
-const DETACHED: &str = "HEADWATER_DETACHED";
+pub(crate) const DETACHED: &str = "HEADWATER_DETACHED";
 
 /// Starts this program with its own words, but for `without`, and waits until it has written its number into the file that
 /// `option` names (one of our own, if the user named none).
@@ -46,10 +46,15 @@ pub(crate) fn start(without: &str, option: &str, named: Option<&Path>, subcomman
     Ok(Exit::Failed)
 }
 
+/// Whether this is the one that runs in the background.
+pub(crate) fn is_detached() -> bool {
+    std::env::var_os(DETACHED).is_some()
+}
+
 /// A server that was started so stands: it lets go of its starter's standard error. Whoever reads what the command says is done
 /// when it is; the server's own descriptor would keep them waiting.
 pub(crate) fn stands() {
-    if std::env::var_os(DETACHED).is_some() {
+    if is_detached() {
         let nothing = std::fs::OpenOptions::new().write(true).open("/dev/null");
         let _ = nothing.map(|nothing| rustix::stdio::dup2_stderr(&nothing));
     }

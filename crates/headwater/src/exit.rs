@@ -20,6 +20,8 @@ pub(crate) enum Exit {
     Cancelled,
     /// `check`: the format has no checks.
     NoChecks,
+    /// `qemu`: as QEMU ended.
+    Code(u8),
 }
 
 impl From<Exit> for ExitCode {
@@ -31,6 +33,7 @@ impl From<Exit> for ExitCode {
             Exit::Leaks => 3,
             Exit::Cancelled => 4,
             Exit::NoChecks => 63,
+            Exit::Code(code) => code,
         })
     }
 }

@@ -14,6 +14,7 @@ mod io;
 mod jobs;
 mod nbd;
 mod progress;
+mod qemu;
 mod serve;
 mod size;
 mod storage_daemon;
@@ -62,6 +63,13 @@ enum Command {
         /// Its options; see --help
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         words: Vec<String>,
+    },
+    /// Run QEMU with its disks served by Headwater (the command line of `qemu-system-…`)
+    #[command(disable_help_flag = true)]
+    Qemu {
+        /// QEMU's options; --with PROGRAM names another QEMU
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        words: Vec<std::ffi::OsString>,
     },
     /// Start to stream a disk's backing data into its image
     Stream(jobs::StreamArgs),
@@ -124,6 +132,10 @@ fn command() -> Result<Command, Exit> {
         let words = std::env::args_os().skip(1).map(|word| word.to_string_lossy().into_owned()).collect();
         return Ok(Command::StorageDaemon { words });
     }
+    if called == "headwater-qemu" {
+        tool::set_name(called);
+        return Ok(Command::Qemu { words: std::env::args_os().skip(1).collect() });
+    }
     usage::own::<Cli>().map(|cli| cli.command)
 }
 
@@ -147,6 +159,7 @@ fn main() -> std::process::ExitCode {
         Command::Nbd(args) => nbd::run(&args),
         Command::Serve(args) => serve::run(args),
         Command::StorageDaemon { words } => storage_daemon::run(&words),
+        Command::Qemu { words } => qemu::run(words),
         Command::Stream(args) => jobs::stream(args),
         Command::Jobs(args) => jobs::list(&args),
         Command::Speed(args) => jobs::speed(args),

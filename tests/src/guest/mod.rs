@@ -29,6 +29,9 @@ pub const BOOT_PATIENCE: Duration = Duration::from_mins(3);
 /// Lines of the console that tell the test something begin with this.
 const REPORT: &str = "@@";
 
+/// Mitigations cost an emulated processor much and protect it from nothing.
+const KERNEL_LINE: &str = "console=ttyS0 quiet loglevel=1 panic=-1 mitigations=off";
+
 /// Whether guests can run here.
 pub fn available() -> Result {
     peer::find("qemu-system-x86_64")?;
@@ -46,6 +49,8 @@ pub enum Disk {
     Nbd(PathBuf, String),
     /// An image file, opened by QEMU itself in this format.
     File(PathBuf, &'static str),
+    /// Words of the emulator's own command line.
+    Words(Vec<String>),
 }
 
 /// A guest to be booted.
@@ -57,6 +62,7 @@ pub struct Guest {
     memory_mib: u32,
     processors: u32,
     boots_from_disk: bool,
+    emulator: Option<PathBuf>,
 }
 
 /// A guest that was started. Dropping it kills it.
@@ -107,6 +113,7 @@ impl Guest {
             memory_mib: 256,
             processors: 1,
             boots_from_disk: false,
+            emulator: None,
         }
     }
 
@@ -122,6 +129,13 @@ impl Guest {
     #[must_use]
     pub fn manifest(mut self, manifest: &str) -> Self {
         manifest.clone_into(&mut self.manifest);
+        self
+    }
+
+    /// Runs under this program, which takes QEMU's command line.
+    #[must_use]
+    pub fn emulator(mut self, program: &Path) -> Self {
+        self.emulator = Some(program.to_path_buf());
         self
     }
 
@@ -167,8 +181,20 @@ impl Guest {
         Ok(Running { child, input, console, _initramfs: initramfs })
     }
 
+    /// What somebody else boots it with: the kernel, the initramfs (made in `dir`), and the kernel's own line.
+    pub fn parts(&self, dir: &Path) -> Result<(PathBuf, PathBuf, &'static str)> {
+        let kernel = kernel::Kernel::find()?;
+        let archive = initramfs::build(&kernel, &self.script, &self.manifest, self.boots_from_disk)?;
+        let path = dir.join("initramfs");
+        std::fs::write(&path, archive)?;
+        Ok((kernel.image, path, KERNEL_LINE))
+    }
+
     fn command(&self, kernel: &kernel::Kernel, initramfs: &Path) -> Result<Command> {
-        let mut qemu = Command::new(peer::find("qemu-system-x86_64")?);
+        let mut qemu = match &self.emulator {
+            Some(program) => Command::new(program),
+            None => Command::new(peer::find("qemu-system-x86_64")?),
+        };
         let memory = format!("memory-backend-memfd,id=mem,size={}M,share=on", self.memory_mib);
         qemu.args(["-nodefaults", "-no-reboot", "-display", "none", "-serial", "stdio"])
             .args(["-accel", "tcg,thread=multi", "-machine", "q35,memory-backend=mem"])
@@ -178,8 +204,7 @@ impl Guest {
             .arg(&kernel.image)
             .arg("-initrd")
             .arg(initramfs)
-            // Mitigations cost an emulated processor much and protect it from nothing.
-            .args(["-append", "console=ttyS0 quiet loglevel=1 panic=-1 mitigations=off"]);
+            .args(["-append", KERNEL_LINE]);
         match &self.disk {
             Disk::VhostUser(socket) => {
                 let path = socket.display();
@@ -197,6 +222,9 @@ impl Guest {
                 let file = json!({ "driver": "file", "filename": path });
                 let node = json!({ "driver": format, "node-name": "disk", "file": file });
                 virtio_blk(&mut qemu, &node);
+            }
+            Disk::Words(words) => {
+                qemu.args(words);
             }
         }
         Ok(qemu)
@@ -237,6 +265,11 @@ impl Running {
             Some(Ok(exit)) => Ok(Finished { reports: state.all.clone(), exit, console: text }),
             _ => Err(error!("the guest ended before its script\n{text}")),
         }
+    }
+
+    /// Its process.
+    pub fn id(&self) -> u32 {
+        self.child.id()
     }
 
     /// Ends it as pulling the plug would.

@@ -90,6 +90,26 @@ pub(crate) fn run(workspace: &Workspace, options: &Options) -> Outcome {
     Err(Failure::new(describe(&missing)))
 }
 
+/// What the tests with libvirt need besides. No service of the machine's own is used: they start a libvirtd of their own.
+pub(crate) fn libvirt() -> Outcome {
+    // Of each package one program.
+    let packages = [
+        ("libvirtd", "libvirt-daemon"),
+        ("virsh", "libvirt-clients"),
+        ("virt-qemu-run", "libvirt-daemon-driver-qemu"),
+        ("unshare", "util-linux"),
+    ];
+    let missing: Vec<&str> =
+        packages.iter().filter(|(name, _)| find_program(name).is_none()).map(|(_, package)| *package).collect();
+    if missing.is_empty() {
+        return Ok(());
+    }
+    let needed = missing.join(" ");
+    apt::can_install().map_err(|why| Failure::new(format!("cannot install {needed}: {why}")))?;
+    apt::update()?;
+    apt::install(&missing, None)
+}
+
 fn describe(missing: &[Missing]) -> String {
     let mut text = format!("{} test peers are missing:", missing.len());
     for Missing { what, why, remedy, .. } in missing {

@@ -15,6 +15,8 @@ pub(super) enum Scope {
     All,
     Unit,
     EndToEnd,
+    /// The tests with libvirt, which nobody runs unasked.
+    Libvirt,
 }
 
 impl Scope {
@@ -23,6 +25,16 @@ impl Scope {
             Scope::All => &["--workspace"],
             Scope::Unit => &["--workspace", "--exclude", E2E_PACKAGE],
             Scope::EndToEnd => &["--package", E2E_PACKAGE],
+            Scope::Libvirt => &["--package", E2E_PACKAGE, "--test", "libvirt"],
+        }
+    }
+
+    /// What nextest, or `cargo test`, is told besides.
+    fn asked_for(self, nextest: bool) -> &'static [&'static str] {
+        match (self, nextest) {
+            (Scope::Libvirt, true) => &["--run-ignored", "only"],
+            (Scope::Libvirt, false) => &["--ignored"],
+            _ => &[],
         }
     }
 }
@@ -68,15 +80,19 @@ pub(super) fn run(
     if nextest {
         start(&["nextest", "run", "--no-run"]).args(runner_config(workspace)).run()?;
     } else {
-        start(&["test", "--lib", "--bins", "--tests", "--no-run"]).run()?;
+        let kinds: &[&str] = match scope {
+            Scope::Libvirt => &["test", "--no-run"],
+            _ => &["test", "--lib", "--bins", "--tests", "--no-run"],
+        };
+        start(kinds).run()?;
     }
     let built = clock.elapsed();
     eprintln!("\n== tests");
     let clock = Instant::now();
     let summary = if nextest {
         let colour = if std::io::stderr().is_terminal() { "always" } else { "never" };
-        let run =
-            start(&["nextest", "run", "--no-tests=pass", "--color", colour]).args(runner_config(workspace)).args(extra);
+        let run = start(&["nextest", "run", "--no-tests=pass", "--color", colour]).args(runner_config(workspace));
+        let run = run.args(scope.asked_for(true)).args(extra);
         // From its last "Summary" line on, nextest repeats what failed; that is the part to close with.
         watch(run, Stream::Errors, |kept, line| {
             if line.contains("Summary [") {
@@ -87,7 +103,11 @@ pub(super) fn run(
             }
         })?
     } else {
-        let run = start(&["test", "--no-fail-fast", "--lib", "--bins", "--tests"]).arg("--").args(extra);
+        let kinds: &[&str] = match scope {
+            Scope::Libvirt => &["test", "--no-fail-fast"],
+            _ => &["test", "--no-fail-fast", "--lib", "--bins", "--tests"],
+        };
+        let run = start(kinds).arg("--").args(scope.asked_for(false)).args(extra);
         watch(run, Stream::Output, |kept, line| {
             if line.starts_with("test result:") && !line.contains(" 0 passed; 0 failed; 0 ignored") {
                 kept.push(line.to_owned());

@@ -96,7 +96,7 @@ const COMMANDS: &[Command] = &[
         Box::pin(async { Err(negotiated()) })
     }),
     command("query-commands", &[], LIST, |_, _| Box::pin(async { Ok(names()) })),
-    command("query-qmp-schema", &[], LIST, |_, _| Box::pin(async { Ok(schema()) })),
+    command("query-qmp-schema", &[], LIST, |_, _| Box::pin(async { Ok(described()) })),
     command("query-version", &[], Kind::Any, |_, _| Box::pin(async { Ok(version()) })),
     command("query-name", &[], Kind::Any, |_, _| Box::pin(async { Ok(json!({ "name": "headwater" })) })),
     command("query-status", &[], Kind::Any, |_, _| Box::pin(async { Ok(status()) })),
@@ -210,8 +210,13 @@ const COMMANDS: &[Command] = &[
     ),
 ];
 
+/// Whether there is a command of this name.
+pub(crate) fn knows(name: &str) -> bool {
+    COMMANDS.iter().any(|command| command.name == name)
+}
+
 /// What all of it looks like (`query-qmp-schema`).
-fn schema() -> Value {
+pub(crate) fn described() -> Value {
     let mut schema = Schema::default();
     for Command { name, takes, gives, .. } in COMMANDS {
         schema.command(name, *takes, *gives, false);
@@ -250,7 +255,7 @@ fn negotiated() -> Failure {
     }
 }
 
-fn names() -> Value {
+pub(crate) fn names() -> Value {
     COMMANDS.iter().map(|command| json!({ "name": command.name })).collect()
 }
 

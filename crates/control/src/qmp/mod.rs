@@ -16,10 +16,12 @@ mod place;
 mod query;
 mod schema;
 
-pub(crate) use command::version;
+pub(crate) use command::{described, knows, names, run, version};
+pub(crate) use event::message as event_message;
 pub(crate) use jobs::{Stream, all as all_jobs, block_job};
+pub(crate) use nodes::describe as describe_node;
 pub use place::{Place, serve};
-pub(crate) use query::{block_text, stats_text};
+pub(crate) use query::{block_text, counters, stats_text};
 
 use crate::{Engine, ErrorClass, Failure, Stamped};
 use graph::json::{Framed, Framer};
@@ -44,6 +46,14 @@ const WRITE_PATIENCE: Duration = Duration::from_secs(30);
 /// socket accepts.
 pub async fn listen(engine: Engine, socket: &Path) -> Result<(), Failure> {
     serve(engine, Place::Listen(socket.to_owned()), false).await
+}
+
+/// A command, as a client would give it after negotiation.
+///
+/// # Errors
+/// What the client would be answered.
+pub async fn execute(engine: &Engine, command: &str, arguments: Map<String, Value>) -> Result<Value, Failure> {
+    run(engine, command, arguments).await
 }
 
 /// `blockdev-add`, of a command line.

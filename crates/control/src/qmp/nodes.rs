@@ -28,7 +28,7 @@ pub(crate) async fn list(engine: &Engine) -> Result<Vec<Value>, Failure> {
 }
 
 /// `BlockDeviceInfo`.
-fn describe(node: NodeInfo) -> Value {
+pub(crate) fn describe(node: NodeInfo) -> Value {
     let mut info = json!({
         "iops_rd": 0, "detect_zeroes": "off", "active": true, "image": node.image, "iops_wr": 0, "ro": node.read_only,
         "node-name": node.name, "backing_file_depth": 0, "drv": node.driver, "iops": 0, "bps_wr": 0, "write_threshold": 0,
@@ -69,7 +69,11 @@ pub(crate) async fn resize(engine: &Engine, mut arguments: Arguments) -> Result<
         (Some(device), None) => {
             if engine.devices().contains(&device) {
                 let size = to_size(size)?;
-                let resize = move |device: Rc<crate::Device>, _| async move { Ok(device.disk.resize(size).await?) };
+                let resize = move |device: Rc<crate::Device>, shard: Rc<crate::ShardState>| async move {
+                    device.disk.resize(size).await?;
+                    shard.announce_size(&device.disk);
+                    Ok(())
+                };
                 return engine.on_device(&device, resize).await.map(|()| json!({}));
             }
             return Err(Failure::generic(format!("Cannot find device='{device}' nor node-name=''")));

@@ -177,7 +177,8 @@ pub(crate) async fn block_stats(engine: &Engine, mut arguments: Arguments) -> Re
     Ok(Value::Array(answer))
 }
 
-fn counters(stats: &Stats, top: bool) -> Value {
+/// `BlockDeviceStats`.
+pub(crate) fn counters(stats: &Stats, top: bool) -> Value {
     let mut counters = json!({
         "rd_bytes": stats.rd_bytes, "wr_bytes": stats.wr_bytes, "unmap_bytes": stats.unmap_bytes, "zone_append_bytes": 0,
         "rd_operations": stats.rd_operations, "wr_operations": stats.wr_operations,

@@ -27,6 +27,8 @@ pub struct NodeInfo {
     pub size: u64,
     /// Whether it lies on another image.
     pub backing: Option<String>,
+    /// The node of that image.
+    pub below: Option<String>,
     /// QEMU's `ImageInfo`.
     pub image: Value,
 }
@@ -141,6 +143,7 @@ impl Graph {
                 let image = below.image.borrow().clone();
                 image.map(|image| image.file().name().to_owned())
             }),
+            below: node.child("backing").map(|below| below.name.clone()),
             image: shown,
         }
     }

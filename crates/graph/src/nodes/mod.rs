@@ -73,7 +73,7 @@ impl GraphNode {
 }
 
 /// Whether nodes can be of this driver; none is looked for where it is left open.
-fn known_driver(name: &str) -> bool {
+pub(crate) fn known_driver(name: &str) -> bool {
     const OTHERS: [&str; 10] =
         ["", "file", "host_device", "host_cdrom", "null-co", "null-aio", "nbd", "blkdebug", "throttle", "copy-on-read"];
     OTHERS.contains(&name) || Format::from_name(name).is_some()
