@@ -47,7 +47,7 @@ pub(crate) struct Args {
     /// Listen for people (HMP)
     #[arg(long, value_name = "SOCK")]
     hmp: Vec<PathBuf>,
-    /// Tell what happens: [enable=]PATTERN[,events=FILE][,file=FILE]; help lists what there is
+    /// Tell what happens: `[enable=]PATTERN[,events=FILE][,file=FILE]`; help lists what there is
     #[arg(short = 'T', long, value_name = "PATTERN")]
     trace: Vec<String>,
     /// Write nothing, and refuse guests' writes
