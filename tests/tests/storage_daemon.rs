@@ -443,3 +443,49 @@ fn it_goes_into_the_background_and_ends_by_a_signal() -> Result {
     assert!(!dir.join("pid").exists() && !dir.join("nbd.sock").exists());
     Ok(())
 }
+
+/// Commands out of band: offered, and which are refused how.
+#[test]
+fn out_of_band_is_offered_and_refused_in_the_same_words() -> Result {
+    peer!("headwater", "qemu-storage-daemon", "qemu-img", "qemu-io");
+    let both = Both::new()?;
+    let mut said = Vec::new();
+    for kind in KINDS {
+        let Storage { mut daemon, qmp } = both.start(kind, &GRAPH)?;
+        drop(qmp);
+        let mut qmp = Qmp::greeted(&both.at(kind).join("qmp.sock"))?;
+        let mut lines = vec![qmp.greeting["capabilities"].to_string()];
+        for line in [
+            r#"{"exec-oob": "qmp_capabilities"}"#,
+            r#"{"execute": "qmp_capabilities", "arguments": {"enable": ["tea"]}}"#,
+            r#"{"execute": "qmp_capabilities", "arguments": {"enable": "oob"}}"#,
+            r#"{"execute": "qmp_capabilities", "arguments": {"enable": ["oob", "oob"]}}"#,
+            r#"{"exec-oob": "query-version", "id": 1}"#,
+            r#"{"exec-oob": "query-version"}"#,
+            r#"{"exec-oob": "query-version", "execute": "query-version", "id": 2}"#,
+            r#"{"exec-oob": "qmp_capabilities", "id": 3}"#,
+            r#"{"execute": "qmp_capabilities", "id": 4}"#,
+            r#"{"exec-oob": "nonsense", "id": 5}"#,
+            r#"{"exec-oob": 7, "id": "x"}"#,
+            r#"{"exec-oob": "query-version", "tea": 1, "id": "x"}"#,
+            r#"{"exec-oob": "migrate-pause", "id": {"a": 1}}"#,
+            "[1]",
+        ] {
+            qmp.send_raw(line)?;
+            lines.push(format!("{line}: {}", sorted(&qmp.answer()?)));
+        }
+        said.push(lines);
+        drop(qmp);
+        // Without it there is no such thing.
+        let mut qmp = Qmp::connect(&both.at(kind).join("qmp.sock"))?;
+        qmp.send_raw(r#"{"exec-oob": "query-version", "id": 1}"#)?;
+        let answer = qmp.answer()?;
+        assert_eq!(answer["error"]["desc"], "QMP input member 'exec-oob' is unexpected", "{kind}");
+        drop(qmp);
+        daemon.terminate()?;
+    }
+    for (ours, theirs) in said[0].iter().zip(&said[1]) {
+        assert_eq!(ours, theirs);
+    }
+    Ok(())
+}
