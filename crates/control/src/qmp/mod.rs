@@ -21,7 +21,7 @@ pub(crate) use command::{described, knows, names, run, version};
 pub(crate) use event::message as event_message;
 pub(crate) use jobs::{Stream, all as all_jobs, block_job};
 pub(crate) use nodes::describe as describe_node;
-pub use place::{Place, serve};
+pub use place::{Open, Place, open, serve};
 pub(crate) use query::{block_text, counters, stats_text};
 
 use crate::{Engine, ErrorClass, Failure, Stamped};
