@@ -1,6 +1,7 @@
 //! The state of one disk, shared by its handle, its requests and what they leave running behind them.
 
 use crate::background::Background;
+use crate::exchange::Sharers;
 use crate::fetch::Fetches;
 use crate::flush::Flusher;
 use crate::gate::{Gate, Inside};
@@ -56,6 +57,8 @@ pub(crate) struct Inner {
     pub(crate) closed: Mutex<Option<Result<()>>>,
     /// The job that has the disk.
     pub(crate) claim: RefCell<Option<String>>,
+    /// Who else shows the layers that a stream lets go of.
+    pub(crate) sharers: RefCell<Option<Sharers>>,
 }
 
 impl Inner {
@@ -87,6 +90,7 @@ impl Inner {
             incomplete,
             closed: Mutex::new(None),
             claim: RefCell::new(None),
+            sharers: RefCell::new(None),
         })
     }
 
@@ -101,8 +105,8 @@ impl Inner {
     }
 
     /// Lets a request in.
-    pub(crate) fn enter(&self) -> Result<Inside> {
-        self.gate.enter().ok_or_else(|| self.refuse(ErrorKind::Busy, "the disk is closed"))
+    pub(crate) async fn enter(&self) -> Result<Inside> {
+        self.gate.admitted().await.ok_or_else(|| self.refuse(ErrorKind::Busy, "the disk is closed"))
     }
 
     /// An error of this disk.

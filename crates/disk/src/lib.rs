@@ -15,6 +15,7 @@ pub mod chain;
 
 mod background;
 mod disk;
+mod exchange;
 mod fetch;
 mod flush;
 mod gate;
@@ -36,6 +37,7 @@ mod write;
 mod zero;
 
 pub use chain::{Below, ChainOptions, FileOpener, Layer, Opened, Opener};
+pub use exchange::{LetGo, Quiet, Sharers};
 pub use image::{Error, ErrorKind, Result};
 pub use stacked::DiskStore;
 pub use stream::{Claim, Copied, Missing, StreamBase};
@@ -178,7 +180,7 @@ impl Disk {
     pub async fn read(&self, at: GuestOffset, into: Iov) -> Result<()> {
         let len = into.len() as u64;
         self.counted(Request::Read, "read", at, len, async {
-            let _inside = self.inner.enter()?;
+            let _inside = self.inner.enter().await?;
             let range = self.inner.check_range(at, len)?;
             self.inner.read(range, into).await
         })
@@ -191,7 +193,7 @@ impl Disk {
         let len = from.len() as u64;
         let inner = Rc::clone(&self.inner);
         let work = shield(async move {
-            let _inside = inner.enter()?;
+            let _inside = inner.enter().await?;
             inner.check_writable()?;
             let range = inner.check_range(at, len)?;
             inner.write(range, from, fua).await
@@ -203,7 +205,7 @@ impl Disk {
     pub async fn write_zeroes(&self, range: GuestRange, unmap: bool, fua: bool) -> Result<()> {
         let inner = Rc::clone(&self.inner);
         let work = shield(async move {
-            let _inside = inner.enter()?;
+            let _inside = inner.enter().await?;
             inner.check_writable()?;
             let range = inner.check_range(range.start(), range.len())?;
             inner.write_zeroes(range, unmap, fua).await
@@ -216,7 +218,7 @@ impl Disk {
     pub async fn discard(&self, range: GuestRange) -> Result<()> {
         let inner = Rc::clone(&self.inner);
         let work = shield(async move {
-            let _inside = inner.enter()?;
+            let _inside = inner.enter().await?;
             inner.check_writable()?;
             let range = inner.check_range(range.start(), range.len())?;
             inner.discard(range).await
@@ -227,7 +229,7 @@ impl Disk {
     /// Makes every completed write durable. Concurrent flushes share barriers. Allowed on a read-only disk.
     pub async fn flush(&self) -> Result<()> {
         self.counted(Request::Flush, "flush", GuestOffset::ZERO, 0, async {
-            let _inside = self.inner.enter()?;
+            let _inside = self.inner.enter().await?;
             self.inner.commit().await
         })
         .await
@@ -246,7 +248,7 @@ impl Disk {
 
     /// The first run of `range` (not empty, within the disk), all alike. Held like a read while a source does not answer.
     pub async fn status(&self, range: GuestRange) -> Result<Status> {
-        let _inside = self.inner.enter()?;
+        let _inside = self.inner.enter().await?;
         let range = self.inner.check_range(range.start(), range.len())?;
         self.inner.held(async || self.inner.status(range).await).await
     }
@@ -265,7 +267,7 @@ impl Disk {
     pub async fn resize(&self, size: u64) -> Result<()> {
         let inner = Rc::clone(&self.inner);
         shield(async move {
-            let _inside = inner.enter()?;
+            let _inside = inner.enter().await?;
             inner.resize(size).await
         })
         .await
@@ -274,6 +276,15 @@ impl Disk {
     /// Waits for guest requests in flight, stops background work, settles and closes every layer. Further requests fail.
     /// Requests that are held for want of a source fail with its error. The first failure is reported; all is closed anyway.
     pub async fn close(&self) -> Result<()> {
+        self.end(false).await
+    }
+
+    /// [`Disk::close`], but every layer stays open, as if all of them were lent.
+    pub async fn retire(&self) -> Result<()> {
+        self.end(true).await
+    }
+
+    async fn end(&self, all_lent: bool) -> Result<()> {
         let inner = Rc::clone(&self.inner);
         shield(async move {
             inner.gate.close();
@@ -284,7 +295,7 @@ impl Disk {
             }
             let mut outcome = Ok(());
             for (depth, layer) in inner.view().layers.iter().enumerate() {
-                let ended = if !layer.lent {
+                let ended = if !layer.lent && !all_lent {
                     layer.image.close().await
                 } else if depth == 0 && !layer.image.read_only() && layer.image.poisoned().is_none() {
                     layer.image.settle().await
@@ -327,7 +338,7 @@ impl Disk {
     /// nothing is left up to the disk's end. Holes below are skipped, except where `base` would show through. A long run may
     /// be handed out in several parts.
     pub async fn next_missing(&self, from: GuestOffset, base: &StreamBase) -> Result<Option<Missing>> {
-        let _inside = self.inner.enter()?;
+        let _inside = self.inner.enter().await?;
         self.inner.next_missing(from, base).await
     }
 
@@ -338,7 +349,7 @@ impl Disk {
         let inner = Rc::clone(&self.inner);
         let base = base.clone();
         shield(async move {
-            let _inside = inner.enter()?;
+            let _inside = inner.enter().await?;
             inner.check_writable()?;
             inner.populate(range, &base).await
         })
@@ -352,7 +363,7 @@ impl Disk {
         let inner = Rc::clone(&self.inner);
         let (base, backing_name) = (base.clone(), backing_name.map(str::to_owned));
         shield(async move {
-            let _inside = inner.enter()?;
+            let _inside = inner.enter().await?;
             inner.check_writable()?;
             inner.finish_stream(&base, backing_name.as_deref()).await
         })

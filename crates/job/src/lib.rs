@@ -27,7 +27,7 @@ mod progress;
 mod window;
 
 pub use event::{ErrorAction, Event, Events};
-pub use registry::{JobError, JobErrorKind, JobInfo, Jobs};
+pub use registry::{JobError, JobErrorKind, JobInfo, Jobs, is_id};
 pub use state::{IoStatus, Status, Verb};
 pub use stream::{OnError, StreamOptions};
 

@@ -75,7 +75,9 @@ impl Graph {
             disk
         } else {
             let options = DiskOptions { discard: node.discard, ..DiskOptions::default() };
-            Disk::new(&node.name, self.chain(node).await?, options)
+            let disk = Disk::new(&node.name, self.chain(node).await?, options);
+            disk.set_sharers(self.sharers());
+            disk
         };
         *node.disk.borrow_mut() = Some(Rc::clone(&disk));
         Ok(disk)

@@ -1,18 +1,22 @@
 //! Named nodes: a graph of places, formats and filters that users put together piece by piece (`--blockdev`, `blockdev-add`).
 //!
-//! `open` opens what a node stands for; `disks` gives a node to those who use it; `info` says what it is.
+//! `open` opens what a node stands for; `disks` gives a node to those who use it; `shared` keeps the disks of nodes on each other in step;
+//! `busy` keeps jobs off each other's nodes; `info` says what it is.
 //!
 //! # Invariants
 //! * A node is opened for reading when it is added. It is opened for writing when somebody first wants to write: so a file that is only
 //!   read stays free for other readers, as with QEMU, whose locks follow what a node's users do.
-//! * The graph owns what it opened, and closes it: disks have their layers lent. (An image that only a header names is the disk's
-//!   above it, which closes it when a stream lets go of it.)
+//! * The graph owns what it opened, and closes it: disks have their layers lent. (Only what a stream lets go of is closed by the disk, where
+//!   it was made along with it.)
 //! * One change of the graph at a time.
 
+mod busy;
 mod disks;
 mod info;
 mod open;
+mod shared;
 
+pub use busy::Busy;
 pub use disks::NodeUse;
 pub use info::NodeInfo;
 
@@ -82,7 +86,9 @@ pub(crate) fn known_driver(name: &str) -> bool {
 /// All nodes of a shard.
 pub struct Graph {
     sources: Sources,
-    nodes: RefCell<Vec<Rc<GraphNode>>>,
+    /// Disks know of each other by it ([`shared`]).
+    nodes: Rc<RefCell<Vec<Rc<GraphNode>>>>,
+    jobs: Rc<RefCell<Vec<busy::Work>>>,
     changing: Mutex<()>,
 }
 
@@ -91,7 +97,8 @@ impl Graph {
     pub fn new(objects: Rc<Objects>) -> Self {
         Self {
             sources: Sources::new(FileOpener::default(), objects),
-            nodes: RefCell::default(),
+            nodes: Rc::default(),
+            jobs: Rc::default(),
             changing: Mutex::new(()),
         }
     }

@@ -117,7 +117,9 @@ impl Graph {
         if how.read_only == Some(true) {
             return Err(wrong("Block node is read-only"));
         }
-        let watched = self.parents(node).into_iter().find(|(parent, _)| parent.disk.borrow().is_some());
+        // Whoever has it below an image can wait a moment; whoever takes it for bytes has them open.
+        let watched =
+            self.parents(node).into_iter().find(|(parent, role)| *role != "backing" && parent.disk.borrow().is_some());
         if node.in_use() || watched.is_some() {
             let by = watched.map_or_else(String::new, |(parent, _)| format!(" by '{}'", parent.name));
             let what = format!(
@@ -126,17 +128,17 @@ impl Graph {
             );
             return Err(Error::new(ErrorKind::Busy, "", None, what));
         }
+        let above = self.quiet_above(node).await?;
         self.close_content(node).await?;
-        match Box::pin(self.open(node, true)).await {
-            Ok(()) => Ok(()),
-            Err(error) => {
-                // It goes on being what it was.
-                if let Err(worse) = Box::pin(self.open(node, false)).await {
-                    tracing::error!(node = node.name, error = %worse, "could not be opened again for reading");
-                }
-                Err(error)
+        let opened = Box::pin(self.open(node, true)).await;
+        if opened.is_err() {
+            // It goes on being what it was.
+            if let Err(worse) = Box::pin(self.open(node, false)).await {
+                tracing::error!(node = node.name, error = %worse, "could not be opened again for reading");
             }
         }
+        let shown = self.exchange_above(node, &above).await;
+        opened.and(shown)
     }
 
     /// What the header of `node`'s image names goes below it, as nodes of their own.
@@ -176,7 +178,7 @@ impl Graph {
     async fn close_content(&self, node: &GraphNode) -> Result<()> {
         let disk = node.disk.borrow_mut().take();
         let mut outcome = match disk {
-            Some(disk) if !matches!(node.meaning, Node::CopyOnRead { .. }) => disk.close().await,
+            Some(disk) if !matches!(node.meaning, Node::CopyOnRead { .. }) => disk.retire().await,
             _ => Ok(()),
         };
         let image = node.image.borrow_mut().take();
