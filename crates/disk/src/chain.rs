@@ -170,6 +170,27 @@ pub fn resolve(name: &str, referrer: &str) -> String {
     }
 }
 
+/// How the image `above` is to name the file `below` as its backing file: as it is called, where that means the same seen from
+/// `above`, else by its whole path.
+pub async fn express(below: &str, above: &str) -> String {
+    let means_the_same = match names::parse(below) {
+        Name::Remote(_) => true,
+        Name::Local(path) => std::path::Path::new(path).is_absolute() || names::same_folder(above, below),
+    };
+    if means_the_same {
+        // A relative name is relative to the folder of the image that holds it.
+        return match names::parse(below) {
+            Name::Local(path) if !std::path::Path::new(path).is_absolute() => {
+                let path = std::path::Path::new(path);
+                path.file_name().map_or_else(|| below.to_owned(), |name| name.to_string_lossy().into_owned())
+            }
+            _ => below.to_owned(),
+        };
+    }
+    let (below, above) = (below.to_owned(), above.to_owned());
+    ring::unblock(move || names::express(&below, &above)).await
+}
+
 async fn open_file(name: &str, referrer: Option<&str>, options: store::file::OpenOptions) -> Result<Rc<dyn Store>> {
     match names::parse(name) {
         Name::Local(local) => Ok(FileStore::open(&names::resolve(local, referrer), options).await?),

@@ -13,7 +13,7 @@ use crate::view::View;
 use crate::{DiskOptions, Layer};
 use image::{Error, ErrorKind, Image, Result};
 use layout::{GuestOffset, GuestRange};
-use ring::sync::{Mutex, Semaphore};
+use ring::sync::{Event, Mutex, Semaphore};
 use std::cell::{Cell, RefCell};
 use std::rc::Rc;
 
@@ -26,23 +26,38 @@ const POPULATE_BYTES: usize = 64 << 20;
 /// what queues of usual depth need; it bounds partial writes into clusters of 64 MiB.
 const FILL_BYTES: usize = 128 << 20;
 
-/// The state of one disk.
+/// What belongs to a disk whatever chain it is over. Clones share it.
+#[derive(Clone, Default)]
+pub(crate) struct Kept {
+    pub(crate) counters: Rc<Counters>,
+    /// Operations that take mappings away, in any layer that is written to.
+    pub(crate) drops: Rc<Drops>,
+    /// A layer below the top is written to, too (a commit): its mappings may change while a read looks at them.
+    pub(crate) changes_below: Rc<Cell<bool>>,
+    /// A commit of tables has ended well.
+    pub(crate) settled: Event,
+    /// The job that has the disk.
+    pub(crate) claim: Rc<RefCell<Option<String>>>,
+}
+
+/// The state of one disk over one chain.
 pub(crate) struct Inner {
     pub(crate) name: String,
     pub(crate) options: Cell<DiskOptions>,
-    /// The top image: the same for as long as the disk lives.
+    /// The top image: the same for as long as this lives.
     pub(crate) top: Rc<dyn Image>,
     pub(crate) unit: u64,
     view: RefCell<Rc<View>>,
     pub(crate) gate: Gate,
     pub(crate) jitter: Jitter,
     pub(crate) locks: RangeLocks,
-    pub(crate) drops: Drops,
+    pub(crate) drops: Rc<Drops>,
     pub(crate) fetches: Fetches,
     pub(crate) publishing: Publishing,
     pub(crate) flusher: Flusher,
     pub(crate) background: Background,
-    pub(crate) counters: Counters,
+    pub(crate) counters: Rc<Counters>,
+    pub(crate) kept: Kept,
     pub(crate) copy_on_read_budget: Semaphore,
     pub(crate) populate_budget: Semaphore,
     /// Sharing extents with what lies below was not found to be impossible yet.
@@ -52,14 +67,10 @@ pub(crate) struct Inner {
     pub(crate) reshaping: Mutex<()>,
     /// The lowest layer names another that was not opened: what it does not have is unknown.
     incomplete: bool,
-    /// How closing ended.
-    pub(crate) closed: Mutex<Option<Result<()>>>,
-    /// The job that has the disk.
-    pub(crate) claim: RefCell<Option<String>>,
 }
 
 impl Inner {
-    pub(crate) fn new(name: &str, chain: Vec<Layer>, options: DiskOptions) -> Rc<Self> {
+    pub(crate) fn new(name: &str, chain: Vec<Layer>, options: DiskOptions, kept: Kept) -> Rc<Self> {
         assert!(!chain.is_empty(), "a chain has a top");
         let view = View::new(chain);
         let top = Rc::clone(view.image(0));
@@ -73,20 +84,19 @@ impl Inner {
             gate: Gate::default(),
             jitter: Jitter::default(),
             locks: RangeLocks::default(),
-            drops: Drops::default(),
+            drops: Rc::clone(&kept.drops),
             fetches: Fetches::default(),
             publishing: Publishing::default(),
-            flusher: Flusher::default(),
+            flusher: Flusher::new(kept.settled.clone()),
             background: Background::default(),
-            counters: Counters::default(),
+            counters: Rc::clone(&kept.counters),
+            kept,
             copy_on_read_budget: Semaphore::new(COPY_ON_READ_BYTES),
             populate_budget: Semaphore::new(POPULATE_BYTES),
             may_share: Cell::new(true),
             fill_budget: Semaphore::new(FILL_BYTES),
             reshaping: Mutex::new(()),
             incomplete,
-            closed: Mutex::new(None),
-            claim: RefCell::new(None),
         })
     }
 
@@ -141,6 +151,22 @@ impl Inner {
     /// The part of `range` that lies on the disk.
     pub(crate) fn clip(&self, range: GuestRange) -> GuestRange {
         range.intersect(GuestRange::between(GuestOffset::ZERO, GuestOffset(self.top.size())))
+    }
+
+    /// Settles and closes the layers that are the disk's own. Nothing is inside. The first failure is reported.
+    pub(crate) async fn close_layers(&self) -> Result<()> {
+        let mut outcome = Ok(());
+        for (depth, layer) in self.view().layers.iter().enumerate() {
+            let ended = if !layer.lent {
+                layer.image.close().await
+            } else if depth == 0 && !layer.image.read_only() && layer.image.poisoned().is_none() {
+                layer.image.settle().await
+            } else {
+                Ok(())
+            };
+            outcome = outcome.and(ended);
+        }
+        outcome
     }
 
     /// A guest's request that asks layers below: held while a source does not answer.

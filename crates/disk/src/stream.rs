@@ -13,6 +13,7 @@ use crate::view::View;
 use futures_util::FutureExt;
 use image::{BackingRef, ErrorKind, Result};
 use layout::{GuestOffset, GuestRange};
+use std::cell::RefCell;
 use std::path::Path;
 use std::rc::Rc;
 
@@ -48,23 +49,23 @@ pub struct Copied {
 
 /// A job's hold on a disk; given back when dropped.
 pub struct Claim {
-    inner: Rc<Inner>,
+    claim: Rc<RefCell<Option<String>>>,
 }
 
 impl Claim {
     pub(crate) fn take(inner: &Rc<Inner>, job: &str) -> Result<Self> {
-        let mut claim = inner.claim.borrow_mut();
+        let mut claim = inner.kept.claim.borrow_mut();
         if let Some(other) = &*claim {
             return Err(inner.refuse(ErrorKind::Busy, format!("job '{other}' works on disk '{}' already", inner.name)));
         }
         *claim = Some(job.to_owned());
-        Ok(Self { inner: Rc::clone(inner) })
+        Ok(Self { claim: Rc::clone(&inner.kept.claim) })
     }
 }
 
 impl Drop for Claim {
     fn drop(&mut self) {
-        self.inner.claim.borrow_mut().take();
+        self.claim.borrow_mut().take();
     }
 }
 

@@ -2,7 +2,7 @@
 
 use super::arguments::Arguments;
 use super::schema::{Kind, Member, Schema, Takes, may, needs};
-use super::{event, exports, jobs, nodes, query, schema};
+use super::{event, exports, jobs, nodes, query, schema, snapshots};
 use crate::{Engine, ErrorClass, Failure, hmp, trace};
 use futures_util::future::BoxFuture;
 use serde_json::{Map, Value, json};
@@ -140,6 +140,9 @@ const COMMANDS: &[Command] = &[
         NOTHING,
         run!(nodes::change_backing),
     ),
+    command("blockdev-snapshot", snapshots::SNAPSHOT, NOTHING, run!(snapshots::to_node)),
+    command("blockdev-snapshot-sync", snapshots::SNAPSHOT_FILE, NOTHING, run!(snapshots::to_file)),
+    command("transaction", snapshots::TRANSACTION, NOTHING, run!(snapshots::transaction)),
     open("object-add", &[needs("qom-type", Kind::Text), needs("id", Kind::Text)], NOTHING, run!(nodes::add_object)),
     command("object-del", &[needs("id", Kind::Text)], NOTHING, run!(nodes::remove_object)),
     open("block-export-add", EXPORT, NOTHING, run!(exports::add)),

@@ -15,6 +15,7 @@ mod nodes;
 mod place;
 mod query;
 mod schema;
+mod snapshots;
 
 pub(crate) use command::{described, knows, names, run, version};
 pub(crate) use event::message as event_message;

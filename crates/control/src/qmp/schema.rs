@@ -79,7 +79,9 @@ fn check_value(path: &str, kind: Kind, value: &Value) -> Result<(), Failure> {
     }
     match (kind, value) {
         (Kind::Word(words), Value::String(word)) if !words.contains(&word.as_str()) => {
-            Err(Failure::generic(format!("Parameter '{path}' does not accept value '{word}'")))
+            // Here QEMU gives the last name of the path only.
+            let name = path.rsplit('.').next().unwrap_or(path);
+            Err(Failure::generic(format!("Parameter '{name}' does not accept value '{word}'")))
         }
         (Kind::Object(members), Value::Object(tree)) => check_members(&format!("{path}."), members, tree, false),
         (Kind::List(inner), Value::Array(items)) => {
@@ -108,6 +110,11 @@ fn check_members(prefix: &str, members: &[Member], tree: &Map<String, Value>, op
 /// Refuses arguments that are not as described, in the words of QEMU's monitor.
 pub(crate) fn check(takes: Takes, arguments: &Map<String, Value>) -> Result<(), Failure> {
     check_members("", takes.members, arguments, takes.open)
+}
+
+/// The same for arguments within others: `prefix` is what names are put behind in messages.
+pub(crate) fn check_at(prefix: &str, members: &[Member], arguments: &Map<String, Value>) -> Result<(), Failure> {
+    check_members(prefix, members, arguments, false)
 }
 
 /// Puts `SchemaInfo`s together.
@@ -219,7 +226,7 @@ mod tests {
             (json!({"id": 7}), "Invalid parameter type for 'id', expected: string"),
             (json!({"id": "a", "x": 1}), "Parameter 'x' is unexpected"),
             (json!({"id": "a", "addr": {}}), "Parameter 'addr.type' is missing"),
-            (json!({"id": "a", "addr": {"type": "tea"}}), "Parameter 'addr.type' does not accept value 'tea'"),
+            (json!({"id": "a", "addr": {"type": "tea"}}), "Parameter 'type' does not accept value 'tea'"),
             (json!({"id": "a", "addr": {"type": "unix", "y": 1}}), "Parameter 'addr.y' is unexpected"),
             (json!({"id": "a", "all": [1]}), "Invalid parameter type for 'all[0]', expected: boolean"),
         ] {

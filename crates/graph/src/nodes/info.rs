@@ -1,7 +1,7 @@
 //! What nodes are, as monitors show it (QEMU's `BlockDeviceInfo` and `ImageInfo`).
 
 use super::{Graph, GraphNode};
-use crate::node::{How, Node};
+use crate::node::Node;
 use image::Image;
 use image::qcow2::{Compression, Qcow2Info};
 use serde_json::{Map, Value, json};
@@ -88,15 +88,15 @@ fn qcow2_info(own: Qcow2Info) -> Value {
 impl Graph {
     /// Every node, the newest first, as QEMU lists them.
     pub fn list(&self) -> Vec<NodeInfo> {
-        self.reconcile();
+        // Not in the middle of a change: edges lead elsewhere then than the disks that are stopped know.
+        if self.changing.try_lock().is_some() {
+            self.reconcile();
+        }
         self.nodes.borrow().iter().rev().map(|node| self.describe(node)).collect()
     }
 
     fn describe(&self, node: &Rc<GraphNode>) -> NodeInfo {
-        let how = match &node.meaning {
-            Node::File { how, .. } | Node::Format { how, .. } => *how,
-            _ => How::default(),
-        };
+        let how = node.how();
         // A node whose bytes another one on top has opened shows what that one has.
         let holder = self.holder(node);
         let image = node.image.borrow().clone();
@@ -134,7 +134,7 @@ impl Graph {
         NodeInfo {
             name: node.name.clone(),
             driver: node.driver.clone(),
-            read_only: how.read_only == Some(true),
+            read_only: self.shows_read_only(node),
             direct: how.direct.unwrap_or(false),
             no_flush: how.no_flush.unwrap_or(false),
             file,
@@ -146,6 +146,15 @@ impl Graph {
             below: node.child("backing").map(|below| below.name.clone()),
             image: shown,
         }
+    }
+
+    /// Whether a node is read-only, or was made along with one that is.
+    fn shows_read_only(&self, node: &Rc<GraphNode>) -> bool {
+        let made_along = || {
+            let above = self.users_above(node);
+            node.implicit && !above.is_empty() && above.iter().all(|parent| self.shows_read_only(parent))
+        };
+        node.is_read_only() || made_along()
     }
 
     /// The image on top of a node that has its bytes open.

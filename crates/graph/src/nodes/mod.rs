@@ -1,6 +1,7 @@
 //! Named nodes: a graph of places, formats and filters that users put together piece by piece (`--blockdev`, `blockdev-add`).
 //!
-//! `open` opens what a node stands for; `disks` gives a node to those who use it; `info` says what it is.
+//! `open` opens what a node stands for; `disks` gives a node to those who use it; `info` says what it is; `change` puts overlays
+//! on nodes that are in use.
 //!
 //! # Invariants
 //! * A node is opened for reading when it is added. It is opened for writing when somebody first wants to write: so a file that is only
@@ -9,14 +10,17 @@
 //!   above it, which closes it when a stream lets go of it.)
 //! * One change of the graph at a time.
 
+mod change;
 mod disks;
 mod info;
 mod open;
 
+pub use change::{Change, Overlay};
 pub use disks::NodeUse;
 pub use info::NodeInfo;
 
-use crate::node::{Backing, Child, Node, no_node, understand};
+use self::disks::Hold;
+use crate::node::{Backing, Child, How, Node, no_node, understand};
 use crate::options::nest;
 use crate::{Objects, Sources, json, wrong};
 use disk::chain::new_node_name;
@@ -25,7 +29,7 @@ use image::{Error, ErrorKind, Format, Image, Result};
 use ring::sync::Mutex;
 use serde_json::{Map, Value};
 use std::cell::{Cell, RefCell};
-use std::rc::Rc;
+use std::rc::{Rc, Weak};
 use store::Store;
 
 /// Names are no longer than this, in bytes, as QEMU has it.
@@ -47,6 +51,12 @@ pub(crate) struct GraphNode {
     /// The name of its file as its user wrote it.
     meaning: Node,
     discard: bool,
+    /// A disk above it closes it when a stream lets go of it: only a header names it.
+    own: bool,
+    /// Goes when nobody uses it any more: no user has made it a node of his own.
+    fleeting: Cell<bool>,
+    /// Something was put on top of it: it is read-only from then on.
+    frozen: Cell<bool>,
     edges: RefCell<Vec<Edge>>,
     store: RefCell<Option<Rc<dyn Store>>>,
     image: RefCell<Option<Rc<dyn Image>>>,
@@ -70,6 +80,18 @@ impl GraphNode {
     fn in_use(&self) -> bool {
         self.readers.get() + self.writers.get() > 0
     }
+
+    fn how(&self) -> How {
+        match &self.meaning {
+            Node::File { how, .. } | Node::Format { how, .. } => *how,
+            _ => How::default(),
+        }
+    }
+
+    /// Whether nobody may write to it.
+    fn is_read_only(&self) -> bool {
+        self.frozen.get() || self.how().read_only == Some(true)
+    }
 }
 
 /// Whether nodes can be of this driver; none is looked for where it is left open.
@@ -83,6 +105,7 @@ pub(crate) fn known_driver(name: &str) -> bool {
 pub struct Graph {
     sources: Sources,
     nodes: RefCell<Vec<Rc<GraphNode>>>,
+    holds: RefCell<Vec<Weak<Hold>>>,
     changing: Mutex<()>,
 }
 
@@ -92,6 +115,7 @@ impl Graph {
         Self {
             sources: Sources::new(FileOpener::default(), objects),
             nodes: RefCell::default(),
+            holds: RefCell::default(),
             changing: Mutex::new(()),
         }
     }
@@ -157,7 +181,11 @@ impl Graph {
     }
 
     /// Makes a node and its children; on a failure nothing is left.
-    async fn make(&self, mut tree: Map<String, Value>, implicit: bool) -> Result<Rc<GraphNode>> {
+    async fn make(&self, tree: Map<String, Value>, implicit: bool) -> Result<Rc<GraphNode>> {
+        self.make_as(tree, implicit, implicit).await
+    }
+
+    async fn make_as(&self, mut tree: Map<String, Value>, implicit: bool, own: bool) -> Result<Rc<GraphNode>> {
         let name = match tree.get("node-name") {
             Some(Value::String(name)) => {
                 self.check_name(name)?;
@@ -184,6 +212,9 @@ impl Graph {
             implicit,
             driver,
             discard,
+            own,
+            fleeting: Cell::new(false),
+            frozen: Cell::new(false),
             edges: RefCell::default(),
             store: RefCell::default(),
             image: RefCell::default(),
@@ -255,7 +286,7 @@ impl Graph {
     /// Takes a node away (`blockdev-del`), and with it what was made along with it.
     pub async fn remove(&self, name: &str) -> Result<()> {
         let _alone = self.changing.lock().await;
-        self.reconcile();
+        self.tidy().await;
         let node = self.find(name).ok_or_else(|| wrong(format!("Failed to find node with node-name='{name}'")))?;
         if let Some((parent, role)) = self.parents(&node).into_iter().next() {
             let what = match role {
@@ -264,11 +295,11 @@ impl Graph {
             };
             return Err(Error::new(ErrorKind::Busy, "", None, what));
         }
-        if node.implicit {
-            return Err(wrong(format!("Node {name} is not owned by the monitor")));
-        }
         if node.in_use() {
             return Err(Error::new(ErrorKind::Busy, "", None, format!("Node {name} is in use")));
+        }
+        if node.implicit {
+            return Err(wrong(format!("Node {name} is not owned by the monitor")));
         }
         self.dissolve(&node).await
     }
@@ -280,7 +311,9 @@ impl Graph {
         let edges = std::mem::take(&mut *node.edges.borrow_mut());
         for edge in edges {
             let child = edge.node;
-            if child.implicit && self.parents(&child).is_empty() {
+            if child.implicit && child.in_use() {
+                child.fleeting.set(true);
+            } else if child.implicit && self.parents(&child).is_empty() {
                 outcome = outcome.and(Box::pin(self.dissolve(&child)).await);
             } else if !child.is_open() && self.is_there(&child) {
                 // It stays what it was before somebody lay on it.
@@ -288,6 +321,31 @@ impl Graph {
             }
         }
         outcome
+    }
+
+    /// Follows what streams have done, and takes away what was there for somebody who is gone.
+    async fn tidy(&self) {
+        self.reconcile();
+        loop {
+            let is_left =
+                |node: &&Rc<GraphNode>| node.fleeting.get() && !node.in_use() && self.parents(node).is_empty();
+            let left = self.nodes.borrow().iter().find(is_left).cloned();
+            let Some(node) = left else { return };
+            if let Err(error) = self.dissolve(&node).await {
+                tracing::warn!(node = node.name, %error, "could not be closed");
+            }
+        }
+    }
+
+    /// Takes away nodes that were there only for somebody who uses them no longer (an overlay that `blockdev-snapshot-sync` made).
+    pub async fn sweep(&self) {
+        let _alone = self.changing.lock().await;
+        self.tidy().await;
+    }
+
+    /// Whether nobody may write to the node `name`.
+    pub fn is_read_only(&self, name: &str) -> bool {
+        self.find(name).is_some_and(|node| node.is_read_only())
     }
 
     /// Closes everything, tops first.

@@ -1,7 +1,7 @@
 //! Opening what a node stands for, for reading and, later, for writing.
 
 use super::{Edge, Graph, GraphNode};
-use crate::node::{How, Node};
+use crate::node::{Backing, Child, How, Node};
 use crate::wrong;
 use disk::chain::{ChainOptions, Layer, new_node_name, open_chain};
 use disk::{DiskStore, Opener};
@@ -30,11 +30,8 @@ impl Companions for FilesOf<'_> {
 impl Graph {
     /// Opens `node`, whose children are there. What was open of it is closed before.
     pub(super) async fn open(&self, node: &Rc<GraphNode>, writable: bool) -> Result<()> {
-        let how = match &node.meaning {
-            Node::File { how, .. } | Node::Format { how, .. } => *how,
-            _ => How::default(),
-        };
-        if writable && how.read_only == Some(true) {
+        let how = node.how();
+        if writable && node.is_read_only() {
             return Err(wrong("Block node is read-only"));
         }
         match &node.meaning {
@@ -110,21 +107,25 @@ impl Graph {
         if node.writable.get() {
             return Ok(());
         }
-        let how = match &node.meaning {
-            Node::File { how, .. } | Node::Format { how, .. } => *how,
-            _ => How::default(),
-        };
-        if how.read_only == Some(true) {
+        if node.is_read_only() {
             return Err(wrong("Block node is read-only"));
         }
-        let watched = self.parents(node).into_iter().find(|(parent, _)| parent.disk.borrow().is_some());
+        let above = self.ancestors(node);
+        let watched = above.iter().find(|parent| parent.in_use());
         if node.in_use() || watched.is_some() {
-            let by = watched.map_or_else(String::new, |(parent, _)| format!(" by '{}'", parent.name));
+            let by = watched.map_or_else(String::new, |parent| format!(" by '{}'", parent.name));
             let what = format!(
                 "Conflicts with use{by}: '{}' is being read, and cannot be opened for writing until that has ended",
                 node.name
             );
             return Err(Error::new(ErrorKind::Busy, "", None, what));
+        }
+        // Disks that somebody used once and that show this node: they are made anew when they are asked for.
+        for parent in above {
+            let disk = parent.disk.borrow_mut().take();
+            if let Some(disk) = disk.filter(|_| !matches!(parent.meaning, Node::CopyOnRead { .. })) {
+                disk.close().await?;
+            }
         }
         self.close_content(node).await?;
         match Box::pin(self.open(node, true)).await {
@@ -137,6 +138,21 @@ impl Graph {
                 Err(error)
             }
         }
+    }
+
+    /// Everything that lies on `node`, however far above.
+    pub(super) fn ancestors(&self, node: &Rc<GraphNode>) -> Vec<Rc<GraphNode>> {
+        let mut found: Vec<Rc<GraphNode>> = Vec::new();
+        let mut left = vec![Rc::clone(node)];
+        while let Some(node) = left.pop() {
+            for (parent, _) in self.parents(&node) {
+                if !found.iter().any(|other| Rc::ptr_eq(other, &parent)) {
+                    found.push(Rc::clone(&parent));
+                    left.push(parent);
+                }
+            }
+        }
+        found
     }
 
     /// What the header of `node`'s image names goes below it, as nodes of their own.
@@ -173,7 +189,7 @@ impl Graph {
     }
 
     /// Closes what is open of a node.
-    async fn close_content(&self, node: &GraphNode) -> Result<()> {
+    pub(super) async fn close_content(&self, node: &GraphNode) -> Result<()> {
         let disk = node.disk.borrow_mut().take();
         let mut outcome = match disk {
             Some(disk) if !matches!(node.meaning, Node::CopyOnRead { .. }) => disk.close().await,
@@ -217,14 +233,17 @@ fn forget(node: &GraphNode) {
 fn implicit_image(layer: Layer) -> (Rc<GraphNode>, Rc<GraphNode>) {
     let Layer { node: name, image, .. } = layer;
     let how = How { read_only: Some(true), ..How::default() };
-    let meaning = Node::File { path: image.file().name().into(), how };
-    let node = |name: String, driver: &str, edges: Vec<Edge>, image: Option<Rc<dyn Image>>| {
+    let path = Node::File { path: image.file().name().into(), how };
+    let node = |name: String, driver: &str, meaning: Node, edges: Vec<Edge>, image: Option<Rc<dyn Image>>| {
         Rc::new(GraphNode {
             name,
             implicit: true,
             driver: driver.to_owned(),
-            meaning: meaning.clone(),
+            meaning,
             discard: false,
+            own: true,
+            fleeting: Cell::new(false),
+            frozen: Cell::new(false),
             edges: RefCell::new(edges),
             store: RefCell::default(),
             image: RefCell::new(image),
@@ -235,8 +254,12 @@ fn implicit_image(layer: Layer) -> (Rc<GraphNode>, Rc<GraphNode>) {
         })
     };
     // It has nothing open of its own: what lies in it does.
-    let file = node(new_node_name(), image.file().protocol(), Vec::new(), None);
+    let file = node(new_node_name(), image.file().protocol(), path, Vec::new(), None);
     let edges = vec![Edge { role: "file", node: Rc::clone(&file) }];
+    // So that it can be opened again.
+    let format = Some(image.format());
+    let (child, below) = (Child::Node(file.name.clone()), Backing::Nothing);
+    let meaning = Node::Format { format, file: child, below, key_secret: None, how, part: None };
     let driver = image.format().name();
-    (file, node(name, driver, edges, Some(image)))
+    (file, node(name, driver, meaning, edges, Some(image)))
 }
