@@ -119,7 +119,10 @@ pub fn plain(value: &Value) -> Value {
                     // How long a file is, is up to who writes it.
                     "virtual-size" if is_file => {}
                     // Progress counts what must be copied, here; the whole disk, there.
+                    // The marks of a job that follows a guest are shown there as a bitmap without a name.
+                    "dirty-bitmaps" if members.get("drv").is_some_and(|driver| driver == "mirror_top") => {}
                     "timestamp" | "actual-size" | "id" | "len" | "offset" | "busy" => {}
+                    "current-progress" | "total-progress" => {}
                     _ => {
                         kept.insert(key.clone(), plain(value));
                     }

@@ -180,7 +180,7 @@ impl ShardState {
                 Door::Nbd(_) => "nbd",
                 Door::VhostUser(_) => "vhost-user-blk",
             },
-            node: export.hold.node(),
+            node: self.graph().shown_name(export.hold.node()),
         };
         exports.iter().rev().map(info).collect()
     }

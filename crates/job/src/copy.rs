@@ -62,6 +62,8 @@ pub(crate) struct Copying {
     not_before: Option<Instant>,
     failed: Option<Error>,
     ignored: Option<Error>,
+    /// Somebody waits for the end: it goes as fast as it can.
+    in_haste: bool,
 }
 
 impl Copying {
@@ -80,7 +82,13 @@ impl Copying {
             not_before: None,
             failed: None,
             ignored: None,
+            in_haste: false,
         }
+    }
+
+    /// At no pace but its own: somebody waits for the end.
+    pub(crate) fn in_haste(self) -> Self {
+        Self { in_haste: true, ..self }
     }
 
     /// Copies until nothing is missing. On any return nothing is in flight.
@@ -159,7 +167,7 @@ impl Copying {
         if let Some(at) = self.not_before.filter(|at| *at > ring::now()) {
             return Some(Hindrance::Until(at));
         }
-        if chunk.zero { None } else { self.life.pace.wait().map(Hindrance::Until) }
+        if chunk.zero || self.in_haste { None } else { self.life.pace.wait().map(Hindrance::Until) }
     }
 
     fn send(&mut self, chunk: Chunk) {

@@ -2,7 +2,7 @@
 
 use super::arguments::Arguments;
 use super::schema::{Kind, Member, Schema, Takes, may, needs};
-use super::{event, exports, jobs, nodes, query, schema, snapshots};
+use super::{commit, event, exports, jobs, nodes, query, schema, snapshots};
 use crate::{Engine, ErrorClass, Failure, hmp, trace};
 use futures_util::future::BoxFuture;
 use serde_json::{Map, Value, json};
@@ -179,6 +179,7 @@ const COMMANDS: &[Command] = &[
     ),
     command("nbd-server-stop", &[], NOTHING, run!(exports::stop_server)),
     command("block-stream", STREAM, NOTHING, run!(jobs::block_stream)),
+    command("block-commit", commit::COMMIT, NOTHING, run!(commit::block_commit)),
     command(
         "block-job-set-speed",
         &[needs("device", Kind::Text), needs("speed", Kind::Integer)],

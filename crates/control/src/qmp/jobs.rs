@@ -19,6 +19,7 @@ pub(crate) struct Stream {
     pub(crate) base_node: Option<String>,
     pub(crate) bottom: Option<String>,
     pub(crate) backing_name: Option<String>,
+    pub(crate) filter: Option<String>,
     pub(crate) speed: u64,
     pub(crate) on_error: OnError,
     pub(crate) auto_finalize: bool,
@@ -43,6 +44,7 @@ impl Stream {
             base_node: None,
             bottom: None,
             backing_name: None,
+            filter: None,
             speed: 0,
             on_error: OnError::Report,
             auto_finalize: true,
@@ -64,6 +66,11 @@ impl Stream {
             return self.start_on_node(engine).await;
         }
         let device = self.device_in(engine, &nodes)?;
+        if self.filter.is_some() {
+            let why =
+                "Parameter 'filter-node-name' is not supported: a device's stream puts no filter node into the chain";
+            return Err(Failure::generic(why));
+        }
         if let Some(name) = self.base_node.as_ref().or(self.bottom.as_ref()) {
             check_below(&nodes, name, &device, &self.device)?;
         }
@@ -126,7 +133,10 @@ impl Stream {
                         return Err(Failure::generic(what));
                     }
                 }
-                self.start_with(disk, &shard, Some(Box::new(hold)))
+                let name = self.filter.as_deref();
+                let filter = graph.show_filter(name, "copy-on-read", &self.device, true);
+                let filter = filter.map_err(|error| Failure::generic(format!("Could not create node: {error}")))?;
+                self.start_with(disk, &shard, Some(Box::new((filter, hold))))
             })
             .await
     }
@@ -200,6 +210,7 @@ pub(crate) async fn block_stream(engine: &Engine, mut arguments: Arguments) -> R
         base: arguments.string("base")?,
         base_node: arguments.string("base-node")?,
         backing_name: arguments.string("backing-file")?,
+        filter: arguments.string("filter-node-name")?,
         bottom: arguments.string("bottom")?,
         speed: arguments.speed("speed")?.unwrap_or(0),
         on_error: arguments.word("on-error", OnError::from_name)?.unwrap_or_default(),
@@ -208,10 +219,6 @@ pub(crate) async fn block_stream(engine: &Engine, mut arguments: Arguments) -> R
     };
     // A protocol is never masked here: what is recorded is the name as it was.
     arguments.boolean("backing-mask-protocol")?;
-    if arguments.string("filter-node-name")?.is_some() {
-        let why = "Parameter 'filter-node-name' is not supported: a stream puts no filter node into the chain here";
-        return Err(Failure::generic(why));
-    }
     arguments.end()?;
     stream.start(engine).await?;
     Ok(json!({}))

@@ -8,6 +8,7 @@
 
 mod arguments;
 mod command;
+mod commit;
 mod event;
 mod exports;
 mod jobs;

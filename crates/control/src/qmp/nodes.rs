@@ -84,6 +84,10 @@ pub(crate) async fn resize(engine: &Engine, mut arguments: Arguments) -> Result<
         if !shard.graph().has(&name) {
             return Err(Failure::no_node(&name));
         }
+        if let Some(job) = shard.graph().job_on(&name) {
+            let what = format!("Node '{name}' is busy: block device is in use by block job: {job}");
+            return Err(Failure::generic(what));
+        }
         let size = to_size(size)?;
         let hold = shard.graph().take(&name, true).await?;
         hold.disk().resize(size).await?;

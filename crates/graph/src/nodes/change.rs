@@ -255,7 +255,7 @@ impl Graph {
             node.frozen.set(true);
             return Ok(());
         }
-        self.close_content(node).await?;
+        self.close_image(node).await?;
         node.frozen.set(true);
         match self.open(node, false).await {
             Ok(()) => Ok(()),

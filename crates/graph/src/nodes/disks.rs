@@ -4,7 +4,7 @@ use super::{Edge, Graph, GraphNode};
 use crate::node::{Node, no_node};
 use crate::wrong;
 use disk::{Disk, DiskOptions, Layer};
-use image::Result;
+use image::{Error, ErrorKind, Result};
 use std::cell::{Cell, RefCell};
 use std::rc::{Rc, Weak};
 
@@ -47,6 +47,12 @@ impl Drop for Hold {
     }
 }
 
+/// A job has the node.
+pub(super) fn busy(node: &GraphNode, job: &str) -> Error {
+    let what = format!("Node '{}' is busy: block device is in use by block job: {job}", node.name);
+    Error::new(ErrorKind::Busy, "", None, what)
+}
+
 impl Graph {
     /// Takes hold of the node `name`, to write to it or only to read.
     ///
@@ -56,6 +62,10 @@ impl Graph {
         let _alone = self.changing.lock().await;
         self.tidy().await;
         let node = self.find(name).ok_or_else(|| no_node(name))?;
+        // Who looks at a layer that is written to, or taken away, must know of it: only the disk on top does.
+        if let Some(job) = node.busy.get().filter(|_| node.disk.borrow().is_none()) {
+            return Err(busy(&node, job));
+        }
         if writable {
             self.make_writable(&node).await?;
         }
@@ -104,8 +114,9 @@ impl Graph {
 
     /// The kind of job that works on a node, if any does.
     pub fn job_on(&self, name: &str) -> Option<&'static str> {
-        let disk = self.find(name)?.disk.borrow().clone()?;
-        disk.claimed().then_some("stream")
+        let node = self.find(name)?;
+        let disk = node.disk.borrow().clone();
+        node.busy.get().or_else(|| disk.filter(|disk| disk.claimed()).map(|_| "stream"))
     }
 
     /// What `node` shows, made when it is first asked for.

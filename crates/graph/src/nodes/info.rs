@@ -1,6 +1,6 @@
 //! What nodes are, as monitors show it (QEMU's `BlockDeviceInfo` and `ImageInfo`).
 
-use super::{Graph, GraphNode};
+use super::{Filter, Graph, GraphNode};
 use crate::node::Node;
 use image::Image;
 use image::qcow2::{Compression, Qcow2Info};
@@ -85,6 +85,18 @@ fn qcow2_info(own: Qcow2Info) -> Value {
     Value::Object(data)
 }
 
+/// JSON as QEMU writes it into names.
+fn spaced(value: &Value) -> String {
+    match value {
+        Value::Object(members) => {
+            let members: Vec<String> =
+                members.iter().map(|(key, value)| format!("{}: {}", json!(key), spaced(value))).collect();
+            format!("{{{}}}", members.join(", "))
+        }
+        other => other.to_string(),
+    }
+}
+
 impl Graph {
     /// Every node, the newest first, as QEMU lists them.
     pub fn list(&self) -> Vec<NodeInfo> {
@@ -92,7 +104,42 @@ impl Graph {
         if self.changing.try_lock().is_some() {
             self.reconcile();
         }
-        self.nodes.borrow().iter().rev().map(|node| self.describe(node)).collect()
+        let filters = self.filters.borrow();
+        let filters = filters.iter().rev().map(|filter| self.describe_filter(filter));
+        filters.chain(self.nodes.borrow().iter().rev().map(|node| self.describe(node))).collect()
+    }
+
+    /// What somebody who uses the node `name` is shown to use.
+    pub fn shown_name(&self, name: String) -> String {
+        let filters = self.filters.borrow();
+        let filter = filters.iter().find(|filter| filter.in_front && filter.over.name == name);
+        filter.map_or(name, |filter| filter.name.clone())
+    }
+
+    fn describe_filter(&self, filter: &Filter) -> NodeInfo {
+        let below = self.describe(&filter.over);
+        let size = below.size;
+        // QEMU shows a filter for streams by all that it is made of, the others by the file they lie on.
+        let file = if filter.driver == "copy-on-read" {
+            let inner = json!({ "driver": below.driver, "file": { "driver": "file", "filename": below.file } });
+            format!("json:{}", spaced(&json!({ "driver": filter.driver, "file": inner })))
+        } else {
+            below.file.clone()
+        };
+        let mut image = json!({ "virtual-size": size, "filename": file, "format": filter.driver, "dirty-flag": false });
+        if let Some(cluster) = below.image.get("cluster-size").filter(|_| filter.driver != "copy-on-read") {
+            image["cluster-size"] = cluster.clone();
+        }
+        NodeInfo {
+            name: filter.name.clone(),
+            driver: filter.driver.to_owned(),
+            read_only: !filter.in_front,
+            file,
+            backing: None,
+            below: None,
+            image,
+            ..below
+        }
     }
 
     fn describe(&self, node: &Rc<GraphNode>) -> NodeInfo {

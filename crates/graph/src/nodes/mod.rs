@@ -1,7 +1,7 @@
 //! Named nodes: a graph of places, formats and filters that users put together piece by piece (`--blockdev`, `blockdev-add`).
 //!
 //! `open` opens what a node stands for; `disks` gives a node to those who use it; `info` says what it is; `change` puts overlays
-//! on nodes that are in use.
+//! on nodes that are in use; `commit` takes layers away from under those who use them.
 //!
 //! # Invariants
 //! * A node is opened for reading when it is added. It is opened for writing when somebody first wants to write: so a file that is only
@@ -11,11 +11,13 @@
 //! * One change of the graph at a time.
 
 mod change;
+mod commit;
 mod disks;
 mod info;
 mod open;
 
 pub use change::{Change, Overlay};
+pub use commit::{CommitWish, Committing};
 pub use disks::NodeUse;
 pub use info::NodeInfo;
 
@@ -42,6 +44,27 @@ struct Edge {
     node: Rc<GraphNode>,
 }
 
+/// The node that a job shows itself by, on top of the one it works on. It does nothing.
+struct Filter {
+    name: String,
+    driver: &'static str,
+    over: Rc<GraphNode>,
+    /// Whoever uses the node is shown to use this.
+    in_front: bool,
+}
+
+/// Shows such a node until it is dropped.
+pub struct FilterShown {
+    filters: Rc<RefCell<Vec<Filter>>>,
+    name: String,
+}
+
+impl Drop for FilterShown {
+    fn drop(&mut self) {
+        self.filters.borrow_mut().retain(|filter| filter.name != self.name);
+    }
+}
+
 /// A node.
 pub(crate) struct GraphNode {
     name: String,
@@ -57,6 +80,10 @@ pub(crate) struct GraphNode {
     fleeting: Cell<bool>,
     /// Something was put on top of it: it is read-only from then on.
     frozen: Cell<bool>,
+    /// A job writes to it, whatever else is said of it.
+    lifted: Cell<bool>,
+    /// The kind of job that has it.
+    busy: Cell<Option<&'static str>>,
     edges: RefCell<Vec<Edge>>,
     store: RefCell<Option<Rc<dyn Store>>>,
     image: RefCell<Option<Rc<dyn Image>>>,
@@ -90,7 +117,7 @@ impl GraphNode {
 
     /// Whether nobody may write to it.
     fn is_read_only(&self) -> bool {
-        self.frozen.get() || self.how().read_only == Some(true)
+        !self.lifted.get() && (self.frozen.get() || self.how().read_only == Some(true))
     }
 }
 
@@ -106,6 +133,7 @@ pub struct Graph {
     sources: Sources,
     nodes: RefCell<Vec<Rc<GraphNode>>>,
     holds: RefCell<Vec<Weak<Hold>>>,
+    filters: Rc<RefCell<Vec<Filter>>>,
     changing: Mutex<()>,
 }
 
@@ -116,6 +144,7 @@ impl Graph {
             sources: Sources::new(FileOpener::default(), objects),
             nodes: RefCell::default(),
             holds: RefCell::default(),
+            filters: Rc::default(),
             changing: Mutex::new(()),
         }
     }
@@ -174,10 +203,31 @@ impl Graph {
         if name.len() > LONGEST_NAME {
             return Err(wrong("Node name too long"));
         }
-        if self.has(name) {
+        if self.has(name) || self.filters.borrow().iter().any(|filter| filter.name == name) {
             return Err(wrong(format!("Duplicate nodes with node-name='{name}'")));
         }
         Ok(())
+    }
+
+    /// Shows a node of `driver` on top of the node `over`, called `name` or by a name of its own; `in_front`: whoever uses that node
+    /// is shown to use this.
+    ///
+    /// # Errors
+    /// In QEMU's words, where the name cannot be, or is taken.
+    pub fn show_filter(
+        &self,
+        name: Option<&str>,
+        driver: &'static str,
+        over: &str,
+        in_front: bool,
+    ) -> Result<FilterShown> {
+        if let Some(name) = name {
+            self.check_name(name)?;
+        }
+        let name = name.map_or_else(new_node_name, str::to_owned);
+        let over = self.find(over).ok_or_else(|| no_node(over))?;
+        self.filters.borrow_mut().push(Filter { name: name.clone(), driver, over, in_front });
+        Ok(FilterShown { filters: Rc::clone(&self.filters), name })
     }
 
     /// Makes a node and its children; on a failure nothing is left.
@@ -215,6 +265,8 @@ impl Graph {
             own,
             fleeting: Cell::new(false),
             frozen: Cell::new(false),
+            lifted: Cell::new(false),
+            busy: Cell::new(None),
             edges: RefCell::default(),
             store: RefCell::default(),
             image: RefCell::default(),
@@ -287,16 +339,19 @@ impl Graph {
     pub async fn remove(&self, name: &str) -> Result<()> {
         let _alone = self.changing.lock().await;
         self.tidy().await;
+        if self.filters.borrow().iter().any(|filter| filter.name == name) {
+            return Err(Error::new(ErrorKind::Busy, "", None, format!("Node {name} is in use")));
+        }
         let node = self.find(name).ok_or_else(|| wrong(format!("Failed to find node with node-name='{name}'")))?;
+        if node.in_use() || node.busy.get().is_some() {
+            return Err(Error::new(ErrorKind::Busy, "", None, format!("Node {name} is in use")));
+        }
         if let Some((parent, role)) = self.parents(&node).into_iter().next() {
             let what = match role {
                 "backing" => format!("Node '{name}' is busy: node is used as backing hd of '{}'", parent.name),
                 _ => format!("Block device {name} is in use"),
             };
             return Err(Error::new(ErrorKind::Busy, "", None, what));
-        }
-        if node.in_use() {
-            return Err(Error::new(ErrorKind::Busy, "", None, format!("Node {name} is in use")));
         }
         if node.implicit {
             return Err(wrong(format!("Node {name} is not owned by the monitor")));

@@ -36,7 +36,13 @@ impl Graph {
         }
         match &node.meaning {
             Node::File { .. } | Node::Null { .. } | Node::Nbd(_) => {
-                let store = self.sources.node(node.meaning.clone(), &node.name, !writable, false, how).await?;
+                let mut meaning = node.meaning.clone();
+                if let Node::File { how, .. } = &mut meaning
+                    && node.lifted.get()
+                {
+                    how.read_only = None;
+                }
+                let store = self.sources.node(meaning, &node.name, !writable, false, how).await?;
                 *node.store.borrow_mut() = Some(store);
             }
             Node::Debug { rules, .. } => {
@@ -77,7 +83,11 @@ impl Graph {
     /// What a child of `node` holds, as bytes.
     async fn bytes_of(&self, node: &GraphNode, role: &str, writable: bool) -> Result<Rc<dyn Store>> {
         let child = node.child(role).ok_or_else(|| wrong(format!("Node '{}' has no child '{role}'", node.name)))?;
-        if writable {
+        if writable && node.lifted.get() {
+            // Whoever looks through what lies above is stopped.
+            child.lifted.set(child.implicit);
+            Box::pin(self.open_for_writing(&child)).await?;
+        } else if writable {
             Box::pin(self.make_writable(&child)).await?;
         } else if child.store.borrow().is_none() && child.image.borrow().is_none() {
             Box::pin(self.open(&child, false)).await?;
@@ -127,7 +137,19 @@ impl Graph {
                 disk.close().await?;
             }
         }
-        self.close_content(node).await?;
+        let disk = node.disk.borrow_mut().take();
+        if let Some(disk) = disk.filter(|_| !matches!(node.meaning, Node::CopyOnRead { .. })) {
+            disk.close().await?;
+        }
+        self.open_for_writing(node).await
+    }
+
+    /// The same, where nobody looks.
+    pub(super) async fn open_for_writing(&self, node: &Rc<GraphNode>) -> Result<()> {
+        if node.writable.get() {
+            return Ok(());
+        }
+        self.close_image(node).await?;
         match Box::pin(self.open(node, true)).await {
             Ok(()) => Ok(()),
             Err(error) => {
@@ -188,13 +210,19 @@ impl Graph {
         Ok(())
     }
 
-    /// Closes what is open of a node.
+    /// Closes what is open of a node, and the disk that shows it.
     pub(super) async fn close_content(&self, node: &GraphNode) -> Result<()> {
         let disk = node.disk.borrow_mut().take();
-        let mut outcome = match disk {
+        let outcome = match disk {
             Some(disk) if !matches!(node.meaning, Node::CopyOnRead { .. }) => disk.close().await,
             _ => Ok(()),
         };
+        outcome.and(self.close_image(node).await)
+    }
+
+    /// Closes what is open of a node; a disk that shows it is stopped.
+    pub(super) async fn close_image(&self, node: &GraphNode) -> Result<()> {
+        let mut outcome = Ok(());
         let image = node.image.borrow_mut().take();
         let store = node.store.borrow_mut().take();
         if let Some(image) = image {
@@ -244,6 +272,8 @@ fn implicit_image(layer: Layer) -> (Rc<GraphNode>, Rc<GraphNode>) {
             own: true,
             fleeting: Cell::new(false),
             frozen: Cell::new(false),
+            lifted: Cell::new(false),
+            busy: Cell::new(None),
             edges: RefCell::new(edges),
             store: RefCell::default(),
             image: RefCell::new(image),
