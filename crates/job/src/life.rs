@@ -24,6 +24,9 @@ pub(crate) struct Identity {
     pub(crate) auto_dismiss: bool,
 }
 
+/// The kind of a job that makes an image.
+pub(crate) const CREATE: &str = "create";
+
 /// How a job's work ended.
 #[derive(Debug)]
 pub(crate) enum End {
@@ -103,12 +106,17 @@ impl Life {
     pub(crate) fn info(&self) -> JobInfo {
         let status = self.status.get();
         let over = matches!(status, Status::Aborting | Status::Concluded | Status::Null);
+        let made = (self.what.kind == CREATE).then_some((1, u64::from(over)));
+        let (len, offset) = made.unwrap_or_else(|| {
+            let len = if over { self.progress.final_len() } else { self.progress.len() };
+            (len, self.progress.offset())
+        });
         JobInfo {
             id: self.what.id.clone(),
             kind: self.what.kind,
             device: self.what.device.clone(),
-            len: if over { self.progress.final_len() } else { self.progress.len() },
-            offset: self.progress.offset(),
+            len,
+            offset,
             speed: self.pace.rate(),
             busy: status == Status::Running || self.publishing.get() && !over,
             paused: self.paused.get(),
@@ -324,7 +332,9 @@ impl Life {
             }
         };
         self.publishing.set(false);
-        self.emit(last);
+        if self.what.kind != CREATE {
+            self.emit(last);
+        }
         self.become_(Status::Concluded);
         if self.what.auto_dismiss {
             self.vanish();

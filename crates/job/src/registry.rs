@@ -1,12 +1,13 @@
 //! A shard's register of jobs: start, list, and every verb.
 
 use crate::commit::{self, CommitOptions};
-use crate::life::{Identity, Life};
+use crate::life::{CREATE, End, Identity, Life};
 use crate::pace::Pace;
 use crate::progress::Progress;
 use crate::stream::{self, DiskTarget, Target};
 use crate::{Events, IoStatus, OnError, Status, StreamOptions};
 use disk::{ErrorKind, StreamBase};
+use futures_util::future::LocalBoxFuture;
 use ring::sync;
 use std::any::Any;
 use std::cell::{Cell, RefCell};
@@ -48,7 +49,7 @@ impl std::error::Error for JobError {}
 pub struct JobInfo {
     /// Its id.
     pub id: String,
-    /// `stream` or `commit`.
+    /// `stream`, `commit` or `create`.
     pub kind: &'static str,
     /// The disk it works on.
     pub device: String,
@@ -76,6 +77,13 @@ pub struct JobInfo {
     pub auto_dismiss: bool,
     /// What went wrong, once it did.
     pub error: Option<String>,
+}
+
+impl JobInfo {
+    /// Whether it works on a disk: the others are in `query-jobs` only, and know the verbs `job-*` only.
+    pub fn is_block_job(&self) -> bool {
+        self.kind != CREATE
+    }
 }
 
 /// A shard's jobs. There are never more than disks: a job keeps its disk to itself until it is gone.
@@ -147,7 +155,7 @@ impl Jobs {
         claim: Option<Box<dyn Any>>,
     ) -> Result<(), JobError> {
         let on_error = start.on_error;
-        let life = self.begin(start, &*target, claim)?;
+        let life = self.begin(start, (target.size(), target.cluster_size()), claim)?;
         drop(ring::spawn(stream::run(life, target, on_error)));
         Ok(())
     }
@@ -156,8 +164,36 @@ impl Jobs {
     pub fn commit(&self, options: CommitOptions) -> Result<(), JobError> {
         let (start, target, hold) = options.apart();
         let on_error = start.on_error;
-        let life = self.begin(start, &*target, hold)?;
+        let life = self.begin(start, (target.size(), target.cluster_size()), hold)?;
         drop(ring::spawn(commit::run(life, target, on_error)));
+        Ok(())
+    }
+
+    /// Starts a job that makes an image: `work` does it, and says in words what went wrong. It is no block job: it works on no disk, is
+    /// told of by its status alone, and waits for its dismissal.
+    pub fn create(
+        &self,
+        id: String,
+        work: LocalBoxFuture<'static, std::result::Result<(), String>>,
+    ) -> Result<(), JobError> {
+        let start = Start {
+            id: Some(id),
+            kind: CREATE,
+            device: String::new(),
+            speed: 0,
+            on_error: OnError::Report,
+            auto_finalize: true,
+            auto_dismiss: false,
+        };
+        let life = self.begin(start, (1, 1), None)?;
+        drop(ring::spawn(async move {
+            let end = match work.await {
+                Ok(()) if life.may_publish().await => End::Completed,
+                Ok(()) => End::Cancelled,
+                Err(why) => End::Failed(why),
+            };
+            life.conclude(end);
+        }));
         Ok(())
     }
 
@@ -173,7 +209,12 @@ impl Jobs {
     }
 
     /// Registers a job, which is on its way from then on.
-    fn begin(&self, start: Start, target: &dyn Target, claim: Option<Box<dyn Any>>) -> Result<Rc<Life>, JobError> {
+    fn begin(
+        &self,
+        start: Start,
+        (size, cluster): (u64, u64),
+        claim: Option<Box<dyn Any>>,
+    ) -> Result<Rc<Life>, JobError> {
         let Start { id, kind, device, speed, auto_finalize, auto_dismiss, .. } = start;
         // A disk may be called what no job could be; its job is then called so, too.
         if let Some(id) = id.as_ref().filter(|id| !is_id(id)) {
@@ -186,8 +227,7 @@ impl Jobs {
         if self.register.closed.get() {
             return Err(busy("Headwater is shutting down".into()));
         }
-        let cluster = target.cluster_size();
-        let progress = Progress::new(target.size(), cluster);
+        let progress = Progress::new(size, cluster);
         let what = Identity { id, kind, device, auto_finalize, auto_dismiss };
         let life = Life::new(what, Rc::downgrade(&self.register), Pace::new(speed, cluster), progress, claim);
         self.register.jobs.borrow_mut().push(Rc::clone(&life));

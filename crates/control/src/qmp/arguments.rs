@@ -29,6 +29,11 @@ impl Arguments {
         }
     }
 
+    /// Whatever it is, that may be left out.
+    pub(crate) fn value(&mut self, name: &str) -> Option<Value> {
+        self.members.shift_remove(name)
+    }
+
     /// A string that must be there.
     pub(crate) fn needed_string(&mut self, name: &str) -> Result<String, Failure> {
         self.string(name)?.ok_or_else(|| missing(name))

@@ -2,7 +2,7 @@
 
 use super::arguments::Arguments;
 use super::schema::{Kind, Member, Schema, Takes, may, needs};
-use super::{commit, event, exports, jobs, nodes, query, schema, snapshots};
+use super::{commit, create, event, exports, jobs, nodes, query, schema, snapshots};
 use crate::{Engine, ErrorClass, Failure, hmp, trace};
 use futures_util::future::BoxFuture;
 use serde_json::{Map, Value, json};
@@ -140,6 +140,7 @@ const COMMANDS: &[Command] = &[
         NOTHING,
         run!(nodes::change_backing),
     ),
+    command("blockdev-create", create::CREATE, NOTHING, run!(create::create)),
     command("blockdev-snapshot", snapshots::SNAPSHOT, NOTHING, run!(snapshots::to_node)),
     command("blockdev-snapshot-sync", snapshots::SNAPSHOT_FILE, NOTHING, run!(snapshots::to_file)),
     command("transaction", snapshots::TRANSACTION, NOTHING, run!(snapshots::transaction)),

@@ -305,7 +305,7 @@ pub(crate) async fn plain(
 ) -> Result<Value, Failure> {
     let id = arguments.needed_string(if named == Named::Device { "device" } else { "id" })?;
     arguments.end()?;
-    let done = block_job(engine, id, verb).await;
+    let done = some_job(engine, id, named != Named::Id, verb).await;
     match named {
         Named::Id => done.map_err(|failure| match failure.class {
             ErrorClass::DeviceNotActive => Failure::generic("Job not found"),
@@ -315,16 +315,27 @@ pub(crate) async fn plain(
     }
 }
 
-/// Does something to a job, wherever it is.
+/// Does something to a block job, wherever it is.
 pub(crate) async fn block_job(
     engine: &Engine,
     id: String,
     verb: impl Fn(&Jobs, &str) -> Result<(), JobError> + Send + Clone + 'static,
 ) -> Result<Value, Failure> {
+    some_job(engine, id, true, verb).await
+}
+
+/// Does something to a job; `block`: to one that works on a disk.
+async fn some_job(
+    engine: &Engine,
+    id: String,
+    block: bool,
+    verb: impl Fn(&Jobs, &str) -> Result<(), JobError> + Send + Clone + 'static,
+) -> Result<Value, Failure> {
     let not_found = Failure { class: ErrorClass::DeviceNotActive, desc: format!("Block job '{id}' not found") };
     let tried = engine
         .on_every_shard(move |shard| {
-            let found = shard.jobs().info(&id).map(|_| verb(shard.jobs(), &id));
+            let found = shard.jobs().info(&id).filter(|job| !block || job.is_block_job());
+            let found = found.map(|_| verb(shard.jobs(), &id));
             ready(Ok(found))
         })
         .await?;
@@ -343,7 +354,7 @@ pub(crate) async fn all(engine: &Engine) -> Result<Vec<JobInfo>, Failure> {
 /// `query-block-jobs`: 2011's `type device len offset speed`, and what was added since.
 pub(crate) async fn query_block_jobs(engine: &Engine, arguments: Arguments) -> Result<Value, Failure> {
     arguments.end()?;
-    let jobs = all(engine).await?.into_iter().map(|job| {
+    let jobs = all(engine).await?.into_iter().filter(JobInfo::is_block_job).map(|job| {
         let mut entry = json!({
             "type": job.kind, "device": job.id, "len": job.len, "offset": job.offset, "speed": job.speed,
             "busy": job.busy, "paused": job.paused, "ready": job.ready, "io-status": job.io_status.name(),

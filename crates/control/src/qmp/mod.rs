@@ -9,6 +9,7 @@
 mod arguments;
 mod command;
 mod commit;
+mod create;
 mod event;
 mod exports;
 mod jobs;

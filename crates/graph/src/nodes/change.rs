@@ -15,10 +15,7 @@ use image::create::CreateOptions;
 use image::{BackingRef, Error, ErrorKind, Format, Result};
 use ring::sync::MutexGuard;
 use serde_json::{Value, json};
-use std::path::Path;
 use std::rc::Rc;
-use store::Store;
-use store::file::{FileStore, OpenOptions};
 
 /// What is put on a node.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -167,7 +164,7 @@ impl Change<'_> {
             let backing = Some(BackingRef { name, format: Some(image.format()) });
             let size = old.disk.borrow().as_ref().map_or_else(|| image.size(), |disk| disk.size());
             let size = self.stopped.iter().find(|stopped| Rc::ptr_eq(&stopped.at, old)).map_or(size, |s| s.disk.size());
-            create(file, &CreateOptions { backing, ..CreateOptions::new(kind, size) }).await?;
+            super::create::overlay(file, &CreateOptions { backing, ..CreateOptions::new(kind, size) }).await?;
         }
         let tree = json!({
             "driver": format, "node-name": node, "backing": null, "discard": if old.discard { "unmap" } else { "ignore" },
@@ -271,25 +268,6 @@ impl Graph {
 /// Whether images of this format that we write can lie on others.
 fn has_backing(format: Format) -> bool {
     matches!(format, Format::Qcow2 | Format::Qed)
-}
-
-/// Makes an image, durably.
-async fn create(file: &str, options: &CreateOptions) -> Result<()> {
-    let path = Path::new(file);
-    let existed = path.exists();
-    let cannot = |error: store::Error| match error.os_text() {
-        Some(text) => wrong(format!("Could not create '{file}': {text}")),
-        None => Error::from(error),
-    };
-    let store: Rc<dyn Store> = FileStore::create(path, OpenOptions::default()).await.map_err(cannot)?;
-    let made = image::create::create(Rc::clone(&store), options).await;
-    let closed = store.close().await;
-    if made.is_err() && !existed {
-        // Half an image helps nobody; the failure itself is what gets reported.
-        let _ = std::fs::remove_file(path);
-    }
-    made?;
-    Ok(closed?)
 }
 
 /// Why a file could not be opened as an overlay, as QEMU says it.

@@ -279,7 +279,7 @@ impl Graph {
     }
 
     /// Opens a node that was open for writing for reading; nobody looks.
-    async fn open_for_reading(&self, node: &Rc<GraphNode>) -> Result<()> {
+    pub(super) async fn open_for_reading(&self, node: &Rc<GraphNode>) -> Result<()> {
         node.lifted.set(false);
         self.close_image(node).await?;
         self.open(node, false).await

@@ -1,7 +1,8 @@
 //! Named nodes: a graph of places, formats and filters that users put together piece by piece (`--blockdev`, `blockdev-add`).
 //!
 //! `open` opens what a node stands for; `disks` gives a node to those who use it; `info` says what it is; `change` puts overlays
-//! on nodes that are in use; `commit` takes layers away from under those who use them.
+//! on nodes that are in use; `commit` takes layers away from under those who use them;
+//! `create` makes images in nodes.
 //!
 //! # Invariants
 //! * A node is opened for reading when it is added. It is opened for writing when somebody first wants to write: so a file that is only
@@ -12,12 +13,14 @@
 
 mod change;
 mod commit;
+mod create;
 mod disks;
 mod info;
 mod open;
 
 pub use change::{Change, Overlay};
 pub use commit::{CommitWish, Committing};
+pub use create::{MadeIn, make_file};
 pub use disks::NodeUse;
 pub use info::NodeInfo;
 
