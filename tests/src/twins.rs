@@ -2,7 +2,7 @@
 
 use std::fs;
 use std::os::unix::fs::symlink;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use serde_json::{Map, Value, json};
@@ -142,8 +142,10 @@ pub enum Say {
     Do(&'static str, Value),
     /// An event of this name comes.
     Hear(&'static str),
+    /// `qemu-io` does this to the export `disk` at `nbd.sock`.
+    Io(&'static str),
 }
-use Say::{Do, Hear};
+use Say::{Do, Hear, Io};
 
 /// Holds the conversation with both; they answer alike.
 ///
@@ -160,6 +162,11 @@ pub fn converse(both: &Both, words: &[&str], steps: &[Say]) -> Result {
                     Ok(value) => format!("{command}: {}", sorted(&plain(&value))),
                     Err(refused) => format!("{command}: {refused}"),
                 },
+                Io(command) => {
+                    let uri = format!("nbd+unix:///disk?socket={}", both.at(kind).join("nbd.sock").display());
+                    qemu_io("raw", Path::new(&uri), &[command])?;
+                    (*command).to_owned()
+                }
                 Hear(event) => format!("{event}: {}", sorted(&plain(&qmp.event(event)?))),
             });
         }

@@ -3,6 +3,7 @@
 //! Opening what a header names is a decision about somebody else's string, so it goes through an [`Opener`].
 
 use crate::names::{self, Name};
+use crate::threshold::Thresholds;
 use futures_util::future::LocalBoxFuture;
 use image::{BackingRef, Companions, Error, ErrorKind, Format, Image, OpenOptions, Result, Surroundings};
 use std::collections::HashSet;
@@ -27,12 +28,14 @@ pub struct Layer {
     pub lent: bool,
     /// Nothing lies below, whatever its header says: so its user said.
     pub bottom: bool,
+    /// Marks that writes to it may pass.
+    pub thresholds: Option<Thresholds>,
 }
 
 impl Layer {
     /// The disk's own, with what its header says below it.
     pub fn new(node: impl Into<String>, name: impl Into<String>, image: Rc<dyn Image>) -> Self {
-        Self { node: node.into(), name: name.into(), image, lent: false, bottom: false }
+        Self { node: node.into(), name: name.into(), image, lent: false, bottom: false, thresholds: None }
     }
 }
 

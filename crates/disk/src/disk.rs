@@ -9,6 +9,7 @@ use crate::locks::RangeLocks;
 use crate::populate::Publishing;
 use crate::read::Drops;
 use crate::stats::Counters;
+use crate::threshold::Thresholds;
 use crate::view::View;
 use crate::{DiskOptions, Layer};
 use image::{Error, ErrorKind, Image, Result};
@@ -58,6 +59,7 @@ pub(crate) struct Inner {
     pub(crate) background: Background,
     pub(crate) counters: Rc<Counters>,
     pub(crate) kept: Kept,
+    pub(crate) thresholds: Option<Thresholds>,
     pub(crate) copy_on_read_budget: Semaphore,
     pub(crate) populate_budget: Semaphore,
     /// Sharing extents with what lies below was not found to be impossible yet.
@@ -74,6 +76,7 @@ impl Inner {
         assert!(!chain.is_empty(), "a chain has a top");
         let view = View::new(chain);
         let top = Rc::clone(view.image(0));
+        let thresholds = view.layers[0].thresholds.clone();
         let incomplete = view.layers.last().is_some_and(|last| !last.bottom && last.image.backing().is_some());
         Rc::new(Self {
             name: name.to_owned(),
@@ -91,6 +94,7 @@ impl Inner {
             background: Background::default(),
             counters: Rc::clone(&kept.counters),
             kept,
+            thresholds,
             copy_on_read_budget: Semaphore::new(COPY_ON_READ_BYTES),
             populate_budget: Semaphore::new(POPULATE_BYTES),
             may_share: Cell::new(true),
@@ -145,6 +149,13 @@ impl Inner {
         match self.top.poisoned() {
             Some(first) => Err(Error::poisoned(self.top.store().name(), &first)),
             None => Ok(()),
+        }
+    }
+
+    /// A guest writes to `range`.
+    pub(crate) fn reaches(&self, range: GuestRange) {
+        if let Some(thresholds) = &self.thresholds {
+            thresholds.node.reaches(range.end().get());
         }
     }
 

@@ -34,6 +34,7 @@ mod stacked;
 mod stats;
 mod status;
 mod stream;
+mod threshold;
 mod view;
 mod write;
 mod zero;
@@ -44,6 +45,7 @@ pub use image::{Error, ErrorKind, Result};
 pub use root::Drained;
 pub use stacked::DiskStore;
 pub use stream::{Claim, Copied, Missing, StreamBase};
+pub use threshold::{Threshold, Thresholds, Told};
 
 use crate::disk::{Inner, Kept};
 use crate::root::Root;
@@ -194,14 +196,17 @@ impl Disk {
     /// below so far, the rest is fetched (and held, as a read is).
     pub async fn write(&self, at: GuestOffset, from: Iov, fua: bool) -> Result<()> {
         let len = from.len() as u64;
-        let work =
-            self.change(at, len, async move |inner: &Rc<Inner>, range| inner.write(range, from.clone(), fua).await);
+        let work = self.change(at, len, async move |inner: &Rc<Inner>, range| {
+            inner.reaches(range);
+            inner.write(range, from.clone(), fua).await
+        });
         self.counted(Request::Write, "write", at, len, work).await
     }
 
     /// Makes the range read as zeros; `unmap` allows giving space back.
     pub async fn write_zeroes(&self, range: GuestRange, unmap: bool, fua: bool) -> Result<()> {
         let work = self.change(range.start(), range.len(), async move |inner: &Rc<Inner>, range| {
+            inner.reaches(range);
             inner.write_zeroes(range, unmap, fua).await
         });
         self.counted(Request::Write, "write zeroes", range.start(), range.len(), work).await

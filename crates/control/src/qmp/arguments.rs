@@ -56,6 +56,17 @@ impl Arguments {
         }
     }
 
+    /// An unsigned integer of 64 bits that may be left out; a negative one is taken for what its bits say, as QEMU does.
+    pub(crate) fn size(&mut self, name: &str) -> Result<Option<u64>, Failure> {
+        match self.members.shift_remove(name) {
+            None => Ok(None),
+            Some(value) => {
+                let size = value.as_u64().or_else(|| value.as_i64().map(i64::cast_unsigned));
+                size.map(Some).ok_or_else(|| no_size(name))
+            }
+        }
+    }
+
     /// A speed in bytes a second that may be left out.
     pub(crate) fn speed(&mut self, name: &str) -> Result<Option<u64>, Failure> {
         self.integer(name)?.map(|speed| non_negative(name, speed)).transpose()
@@ -103,6 +114,10 @@ impl Arguments {
             Some(name) => Err(unexpected(name)),
         }
     }
+}
+
+pub(super) fn no_size(name: &str) -> Failure {
+    Failure::generic(format!("Parameter '{name}' expects uint64"))
 }
 
 pub(super) fn unexpected(name: &str) -> Failure {

@@ -140,6 +140,12 @@ const COMMANDS: &[Command] = &[
         NOTHING,
         run!(nodes::change_backing),
     ),
+    command(
+        "block-set-write-threshold",
+        &[needs("node-name", Kind::Text), needs("write-threshold", Kind::Size)],
+        NOTHING,
+        run!(nodes::set_threshold),
+    ),
     command("blockdev-create", create::CREATE, NOTHING, run!(create::create)),
     command("blockdev-snapshot", snapshots::SNAPSHOT, NOTHING, run!(snapshots::to_node)),
     command("blockdev-snapshot-sync", snapshots::SNAPSHOT_FILE, NOTHING, run!(snapshots::to_file)),

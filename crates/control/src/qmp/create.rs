@@ -23,7 +23,7 @@ const DRIVERS: &[(&str, &[Member])] = &[
         "file",
         &[
             needs("filename", Kind::Text),
-            needs("size", Kind::Integer),
+            needs("size", Kind::Size),
             may("preallocation", MODES),
             may("nocow", Kind::Flag),
         ],
@@ -32,7 +32,7 @@ const DRIVERS: &[(&str, &[Member])] = &[
         "qcow2",
         &[
             needs("file", Kind::Any),
-            needs("size", Kind::Integer),
+            needs("size", Kind::Size),
             may("version", Kind::Word(&["v2", "v3"])),
             may("backing-file", Kind::Text),
             may("backing-fmt", Kind::Text),
@@ -48,7 +48,7 @@ const DRIVERS: &[(&str, &[Member])] = &[
         "qed",
         &[
             needs("file", Kind::Any),
-            needs("size", Kind::Integer),
+            needs("size", Kind::Size),
             may("backing-file", Kind::Text),
             may("backing-fmt", Kind::Text),
             may("cluster-size", Kind::Integer),
@@ -59,7 +59,7 @@ const DRIVERS: &[(&str, &[Member])] = &[
         "luks",
         &[
             needs("file", Kind::Any),
-            needs("size", Kind::Integer),
+            needs("size", Kind::Size),
             needs("key-secret", Kind::Text),
             may("iter-time", Kind::Integer),
             may("preallocation", MODES),
@@ -103,7 +103,7 @@ fn preallocation(arguments: &mut Arguments) -> Result<Preallocation, Failure> {
 }
 
 fn number(arguments: &mut Arguments, name: &str) -> Result<Option<u64>, Failure> {
-    arguments.speed(name)
+    arguments.size(name)
 }
 
 fn small(arguments: &mut Arguments, name: &str) -> Result<Option<u32>, Failure> {

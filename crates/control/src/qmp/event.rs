@@ -37,6 +37,14 @@ pub(super) const EVENTS: &[(&str, &[Member])] = &[
     ),
     ("BLOCK_JOB_READY", CANCELLED),
     ("BLOCK_JOB_PENDING", &[needs("type", Kind::Text), needs("id", Kind::Text)]),
+    (
+        "BLOCK_WRITE_THRESHOLD",
+        &[
+            needs("node-name", Kind::Text),
+            needs("amount-exceeded", Kind::Integer),
+            needs("write-threshold", Kind::Integer),
+        ],
+    ),
     ("BLOCK_EXPORT_DELETED", &[needs("id", Kind::Text)]),
     ("SHUTDOWN", &[needs("guest", Kind::Flag), needs("reason", Kind::Text)]),
 ];
@@ -45,6 +53,10 @@ pub(super) const EVENTS: &[(&str, &[Member])] = &[
 pub(crate) fn message(stamped: &Stamped) -> Value {
     let event = match &stamped.event {
         Happening::Job(event) => event,
+        Happening::WriteThreshold { node, threshold, exceeded } => {
+            let data = json!({ "node-name": node, "write-threshold": threshold, "amount-exceeded": exceeded });
+            return named(stamped.seconds, stamped.microseconds, "BLOCK_WRITE_THRESHOLD", data);
+        }
         Happening::ExportDeleted { id } => {
             return named(stamped.seconds, stamped.microseconds, "BLOCK_EXPORT_DELETED", json!({ "id": id }));
         }

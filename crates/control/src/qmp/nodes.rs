@@ -1,7 +1,7 @@
 //! Commands on named nodes, and on the objects they refer to.
 
 use super::arguments::Arguments;
-use crate::{Engine, Failure};
+use crate::{Engine, Failure, Happening};
 use graph::nodes::NodeInfo;
 use image::BackingRef;
 use serde_json::{Value, json};
@@ -31,7 +31,7 @@ pub(crate) async fn list(engine: &Engine) -> Result<Vec<Value>, Failure> {
 pub(crate) fn describe(node: NodeInfo) -> Value {
     let mut info = json!({
         "iops_rd": 0, "detect_zeroes": "off", "active": true, "image": node.image, "iops_wr": 0, "ro": node.read_only,
-        "node-name": node.name, "backing_file_depth": 0, "drv": node.driver, "iops": 0, "bps_wr": 0, "write_threshold": 0,
+        "node-name": node.name, "backing_file_depth": 0, "drv": node.driver, "iops": 0, "bps_wr": 0, "write_threshold": node.write_threshold,
         "encrypted": false, "bps": 0, "bps_rd": 0,
         "cache": { "no-flush": node.no_flush, "direct": node.direct, "writeback": true }, "file": node.file,
     });
@@ -95,6 +95,22 @@ pub(crate) async fn resize(engine: &Engine, mut arguments: Arguments) -> Result<
         Ok(())
     });
     resized.await.map(|()| json!({}))
+}
+
+/// `block-set-write-threshold`.
+pub(crate) async fn set_threshold(engine: &Engine, mut arguments: Arguments) -> Result<Value, Failure> {
+    let node = arguments.needed_string("node-name")?;
+    let at = arguments.size("write-threshold")?.unwrap_or_default();
+    let set = engine.on_nodes(move |shard| async move {
+        let (to, name) = (Rc::downgrade(&shard), node.clone());
+        let told = Rc::new(move |threshold, exceeded| {
+            if let Some(shard) = to.upgrade() {
+                shard.tell(Happening::WriteThreshold { node: name.clone(), threshold, exceeded });
+            }
+        });
+        Ok(shard.graph().set_threshold(&node, at, told)?)
+    });
+    set.await.map(|()| json!({}))
 }
 
 fn to_size(size: i64) -> Result<u64, Failure> {

@@ -2,7 +2,7 @@
 //!
 //! **Invariant.** A command that is called has arguments of the kinds that its description says, and none that it does not name.
 
-use super::arguments::{missing, unexpected, wrong_type};
+use super::arguments::{missing, no_size, unexpected, wrong_type};
 use crate::Failure;
 use serde_json::{Map, Value, json};
 
@@ -15,6 +15,8 @@ pub(crate) enum Kind {
     Flag,
     /// An integer of 64 bits.
     Integer,
+    /// An unsigned one; its sign is not looked at.
+    Size,
     /// One of these words.
     Word(&'static [&'static str]),
     /// An object with these members.
@@ -58,7 +60,7 @@ fn expected(kind: Kind) -> &'static str {
     match kind {
         Kind::Text | Kind::Word(_) => "string",
         Kind::Flag => "boolean",
-        Kind::Integer => "integer",
+        Kind::Integer | Kind::Size => "integer",
         Kind::Object(_) | Kind::Open(_) => "object",
         Kind::List(_) => "array",
         Kind::Any => "any",
@@ -70,10 +72,14 @@ fn check_value(path: &str, kind: Kind, value: &Value) -> Result<(), Failure> {
         Kind::Text | Kind::Word(_) => value.is_string(),
         Kind::Flag => value.is_boolean(),
         Kind::Integer => value.as_i64().is_some(),
+        Kind::Size => value.is_i64() || value.is_u64(),
         Kind::Object(_) => value.is_object(),
         Kind::Open(_) | Kind::Any => true,
         Kind::List(_) => value.is_array(),
     };
+    if !fits && matches!(kind, Kind::Size) {
+        return Err(no_size(path));
+    }
     if !fits {
         return Err(wrong_type(path, expected(kind)));
     }
@@ -147,7 +153,7 @@ impl Schema {
         match kind {
             Kind::Text => self.builtin("str", "string"),
             Kind::Flag => self.builtin("bool", "boolean"),
-            Kind::Integer => self.builtin("int", "int"),
+            Kind::Integer | Kind::Size => self.builtin("int", "int"),
             Kind::Any => self.builtin("any", "value"),
             Kind::Word(words) => {
                 let members: Vec<Value> = words.iter().map(|word| json!({ "name": word })).collect();

@@ -3,7 +3,7 @@
 use super::{Edge, Graph, GraphNode};
 use crate::node::{Node, no_node};
 use crate::wrong;
-use disk::{Disk, DiskOptions, Layer};
+use disk::{Disk, DiskOptions, Layer, Thresholds};
 use image::{Error, ErrorKind, Result};
 use std::cell::{Cell, RefCell};
 use std::rc::{Rc, Weak};
@@ -141,7 +141,12 @@ impl Graph {
     pub(super) async fn chain(&self, node: &Rc<GraphNode>) -> Result<Vec<Layer>> {
         let image = self.image_of(node).await?;
         let name = image.file().name().to_owned();
-        let mut layers = vec![Layer { lent: true, ..Layer::new(&node.name, name, image) }];
+        let thresholds = |node: &GraphNode| {
+            let file = node.child("file").map(|file| Rc::clone(&file.threshold)).unwrap_or_default();
+            Some(Thresholds { node: Rc::clone(&node.threshold), file })
+        };
+        let first = Layer::new(&node.name, name, image);
+        let mut layers = vec![Layer { lent: true, thresholds: thresholds(node), ..first }];
         // What only headers name, right below, is the disk's own; what a user made a node of is not.
         let (mut at, mut own) = (Rc::clone(node), true);
         while let Some(below) = at.child("backing") {
@@ -149,7 +154,8 @@ impl Graph {
             let image = self.image_of(&below).await?;
             let said = layers.last().and_then(|above| above.image.backing()).map(|backing| backing.name);
             let name = said.unwrap_or_else(|| image.file().name().to_owned());
-            layers.push(Layer { lent: !own, ..Layer::new(&below.name, name, image) });
+            let layer = Layer::new(&below.name, name, image);
+            layers.push(Layer { lent: !own, thresholds: thresholds(&below), ..layer });
             at = below;
         }
         if let Some(last) = layers.last_mut() {

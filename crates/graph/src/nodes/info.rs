@@ -29,6 +29,8 @@ pub struct NodeInfo {
     pub backing: Option<String>,
     /// The node of that image.
     pub below: Option<String>,
+    /// The mark that writes may pass.
+    pub write_threshold: u64,
     /// QEMU's `ImageInfo`.
     pub image: Value,
 }
@@ -137,6 +139,7 @@ impl Graph {
             file,
             backing: None,
             below: None,
+            write_threshold: 0,
             image,
             ..below
         }
@@ -191,6 +194,7 @@ impl Graph {
                 image.map(|image| image.file().name().to_owned())
             }),
             below: node.child("backing").map(|below| below.name.clone()),
+            write_threshold: node.threshold.at(),
             image: shown,
         }
     }

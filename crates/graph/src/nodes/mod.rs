@@ -29,7 +29,7 @@ use crate::node::{Backing, Child, How, Node, no_node, understand};
 use crate::options::nest;
 use crate::{Objects, Sources, json, wrong};
 use disk::chain::new_node_name;
-use disk::{Disk, FileOpener};
+use disk::{Disk, FileOpener, Threshold, Told};
 use image::{Error, ErrorKind, Format, Image, Result};
 use ring::sync::Mutex;
 use serde_json::{Map, Value};
@@ -87,6 +87,7 @@ pub(crate) struct GraphNode {
     lifted: Cell<bool>,
     /// The kind of job that has it.
     busy: Cell<Option<&'static str>>,
+    threshold: Rc<Threshold>,
     edges: RefCell<Vec<Edge>>,
     store: RefCell<Option<Rc<dyn Store>>>,
     image: RefCell<Option<Rc<dyn Image>>>,
@@ -270,6 +271,7 @@ impl Graph {
             frozen: Cell::new(false),
             lifted: Cell::new(false),
             busy: Cell::new(None),
+            threshold: Rc::default(),
             edges: RefCell::default(),
             store: RefCell::default(),
             image: RefCell::default(),
@@ -404,6 +406,17 @@ impl Graph {
     /// Whether nobody may write to the node `name`.
     pub fn is_read_only(&self, name: &str) -> bool {
         self.find(name).is_some_and(|node| node.is_read_only())
+    }
+
+    /// Tells `told` when something is written behind `at` of the node `name`, in a guest's bytes as the node shows them or in those of
+    /// its file; 0: no longer.
+    ///
+    /// # Errors
+    /// There is no such node.
+    pub fn set_threshold(&self, name: &str, at: u64, told: Told) -> Result<()> {
+        let node = self.find(name).ok_or_else(|| wrong(format!("Device '{name}' not found")))?;
+        node.threshold.set(at, told);
+        Ok(())
     }
 
     /// Closes everything, tops first.

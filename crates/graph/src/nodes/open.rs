@@ -274,6 +274,7 @@ fn implicit_image(layer: Layer) -> (Rc<GraphNode>, Rc<GraphNode>) {
             frozen: Cell::new(false),
             lifted: Cell::new(false),
             busy: Cell::new(None),
+            threshold: Rc::default(),
             edges: RefCell::new(edges),
             store: RefCell::default(),
             image: RefCell::new(image),
