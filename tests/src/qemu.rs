@@ -57,6 +57,16 @@ pub enum Cache {
     Writeback,
 }
 
+impl Cache {
+    /// What both programs call it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Cache::None => "none",
+            Cache::Writeback => "writeback",
+        }
+    }
+}
+
 /// A `file` node for `blockdev-add`.
 pub fn file_node(name: &str, path: &Path, cache: Cache, read_only: bool) -> Value {
     let mut node = json!({

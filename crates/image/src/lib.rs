@@ -52,7 +52,7 @@ pub use backing::BackingRef;
 pub use bitmap::{Bitmap, BitmapAction, Bits};
 pub use check::{CheckReport, Repair};
 pub use error::{Error, ErrorKind, Result};
-pub use luks::Passphrase;
+pub use luks::{KeySlots, Passphrase, SlotChange};
 pub use open::{Companions, NoCompanions, OpenOptions, Surroundings, open, open_in};
 pub use probe::Format;
 pub use reservation::{Keep, Linked, Purpose, Reservation};
@@ -240,6 +240,11 @@ pub trait Image: 'static {
         let what = format!("Format driver '{}' does not support option amendment", self.format());
         let error = Error::new(ErrorKind::Unsupported, self.store().name(), None, what);
         Box::pin(async { Err(error) })
+    }
+
+    /// The slots for passphrases, if the image is encrypted and unlocked.
+    fn key_slots(&self) -> Option<KeySlots> {
+        None
     }
 
     /// Checks the tables against the specification and, as asked, repairs. Nothing else is in flight. Progress is a fraction.

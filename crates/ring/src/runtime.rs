@@ -5,6 +5,7 @@
 
 use crate::executor::Backend;
 use crate::inbox::{Collected, Inbox, admit};
+use crate::lookout::Lookouts;
 use crate::reactor::{Reactor, Wait};
 use crate::sim::Chooser;
 use crate::task::{self, Entry, JoinHandle, Outcome, Ready, Registry, RootWaker, report_panic};
@@ -34,6 +35,8 @@ pub(crate) struct Core {
     pub(crate) registry: RefCell<Registry>,
     pub(crate) timers: RefCell<Timers>,
     pub(crate) driver: Driver,
+    /// Where work is looked for.
+    pub(crate) lookouts: Lookouts,
     collected: RefCell<Collected>,
     /// Counts `block_on`s, so that a late wake of an earlier one's future means nothing to the next.
     roots: Cell<u64>,
@@ -76,6 +79,7 @@ impl Core {
             registry: RefCell::default(),
             timers: RefCell::default(),
             driver,
+            lookouts: Lookouts::default(),
             collected: RefCell::default(),
             roots: Cell::new(0),
             running: Cell::new(false),
@@ -146,19 +150,21 @@ impl Core {
         match &self.driver {
             Driver::Real(reactor) => {
                 self.fire_timers();
+                self.lookouts.attend();
                 let idle = self.inbox.local.is_empty() && self.inbox.prepare_sleep();
                 let wait = match self.timers.borrow().next() {
                     _ if !idle => Wait::No,
                     None => Wait::Forever,
                     Some(deadline) => Wait::AtMost(deadline.since(self.now())),
                 };
-                reactor.turn(wait);
+                reactor.turn(wait, &self.lookouts);
                 if idle {
                     self.inbox.woke();
                 }
             }
             Driver::Sim(chooser) => {
-                if self.inbox.local.is_empty() {
+                self.lookouts.attend();
+                if self.inbox.local.is_empty() && !self.lookouts.rest() {
                     let next = self.timers.borrow().next();
                     chooser.advance(next.expect("deadlock: no task can ever run again"));
                     self.fire_timers();
@@ -199,6 +205,7 @@ impl Core {
     pub(crate) fn shut_down(self: &Rc<Self>) {
         let _leave = enter(self);
         self.inbox.close();
+        self.lookouts.clear();
         loop {
             self.drain();
             self.drop_tasks();
@@ -226,7 +233,7 @@ impl Core {
                 return;
             }
             let idle = self.inbox.prepare_sleep();
-            reactor.turn(if idle { Wait::Forever } else { Wait::No });
+            reactor.turn(if idle { Wait::Forever } else { Wait::No }, &self.lookouts);
             if idle {
                 self.inbox.woke();
             }

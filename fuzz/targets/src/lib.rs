@@ -9,6 +9,7 @@
 
 pub mod mutate;
 
+mod kept;
 mod nbd;
 mod qcow2;
 mod qmp;
@@ -26,6 +27,7 @@ pub type Target = (&'static str, fn(&[u8]));
 
 /// All of them.
 pub const TARGETS: &[Target] = &[
+    ("image_kept", kept::kept),
     ("nbd_client", nbd::client),
     ("nbd_server", nbd::server),
     ("qcow2_image", qcow2::image),

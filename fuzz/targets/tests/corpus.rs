@@ -5,7 +5,8 @@ use std::path::Path;
 use std::time::Instant;
 
 /// Mutations of each target's corpus. What takes long gets fewer.
-const ROUNDS: [(&str, u64); 10] = [
+const ROUNDS: [(&str, u64); 11] = [
+    ("image_kept", 200),
     ("nbd_client", 20_000),
     ("nbd_server", 20_000),
     ("qcow2_image", 2_000),

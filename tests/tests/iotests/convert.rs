@@ -274,3 +274,32 @@ fn options_come_in_lists_and_the_last_one_counts() -> Result {
          img resize t",
     )
 }
+
+/// 244, 288 (in part): a copy whose data are in a file of their own; that file is not the source's.
+#[test]
+fn a_copy_may_have_a_data_file() -> Result {
+    peer!("headwater", "qemu-img", "qemu-io");
+    Script::in_each(
+        &["qcow2"],
+        "raw m 5M 12
+         img convert -f raw -O qcow2 -o data_file=d.raw m t
+         img map --output=json t
+         img compare m t
+         img convert -f raw -O qcow2 -o data_file=e.raw,data_file_raw=on m u
+         img map --output=json u
+         img check t
+         img check u
+         img compare -f raw m e.raw
+         img compare m u
+         io u: write -P 7 1M 64k
+         img compare -f raw -F qcow2 e.raw u
+         img convert -O qcow2 u v
+         same v
+         img convert -c -f raw -O qcow2 -o data_file=f.raw m w
+         img convert -f raw -O qcow2 -o data_file_raw=on m w
+         img convert -f raw -O qcow2 -o data_file=m m w
+         img convert -f raw -O qcow2 -o data_file=w m w
+         img compare -f raw m e.raw
+         img compare m t",
+    )
+}

@@ -3,8 +3,9 @@
 //! # Invariants
 //! * A head is taken at most once at a time, and at most as many as the queue has entries: what is in flight is bounded by
 //!   the queue, whatever the driver writes.
-//! * Whenever a queue begins or goes on to be served its available ring is looked at once, kick or no kick; and after the
-//!   last look notifications are on. No kick is lost.
+//! * Whenever a queue begins or goes on to be served its available ring is looked at once, kick or no kick; from then on the
+//!   ring looks there itself, until it sleeps; and after the last look notifications are on. No kick is lost, and a busy
+//!   driver hardly ever kicks.
 //! * What was taken is given back in the ring it came from, or (after [`Vring::stop`] with its memory gone) not at all.
 //! * A chain whose end is unknown breaks the queue: what is in flight ends as usual, nothing more is taken until the front
 //!   end stops the queue and starts it anew.
@@ -17,6 +18,7 @@ use super::mailbox::Addresses;
 use super::memory::{GuestMap, Memory};
 use super::request::{Request, Status, Terms, Work};
 use disk::Disk;
+use ring::Lookout;
 use ring::sync::Event;
 use smallvec::SmallVec;
 use std::cell::{Cell, RefCell};
@@ -97,6 +99,8 @@ struct State {
     done: Vec<(u16, u32)>,
     /// A task that gives back what is done is on its way.
     publishing: bool,
+    /// The ring looks here by itself, and notifications are off.
+    watched: bool,
     /// The available ring was left with something in it because everything is taken.
     starved: bool,
 }
@@ -123,6 +127,7 @@ impl State {
             running: 0,
             done: Vec::new(),
             publishing: false,
+            watched: false,
             starved: false,
         }
     }
@@ -187,28 +192,20 @@ impl State {
         Ok(request)
     }
 
-    /// The heads to take now: at most as many as there is room for. Turns notifications on when there are none.
+    /// How many heads may be taken.
+    fn room(&self) -> usize {
+        usize::from(self.ring.size() - self.running) - self.done.len()
+    }
+
+    /// The heads to take now: at most as many as there is room for. Notifications are off afterwards.
     fn available(&mut self, memory: &Memory) -> Result<SmallVec<[u16; 64]>, Broken> {
-        let room = usize::from(self.ring.size() - self.running) - self.done.len();
+        let room = self.room();
         if room == 0 {
             self.starved = true;
             return Ok(SmallVec::new());
         }
         self.ring.disable_notification(memory)?;
-        let look = |ring: &mut Queue| -> Result<SmallVec<[u16; 64]>, virtio_queue::Error> {
-            Ok(ring.iter(memory)?.take(room).map(|chain| chain.head_index()).collect())
-        };
-        let heads = look(&mut self.ring)?;
-        if !heads.is_empty() || !self.ring.enable_notification(memory)? {
-            return Ok(heads);
-        }
-        // Something came between the look and the switch.
-        self.ring.disable_notification(memory)?;
-        let heads = look(&mut self.ring)?;
-        if heads.is_empty() {
-            return Err(Broken("an available ring that cannot be read".into()));
-        }
-        Ok(heads)
+        Ok(self.ring.iter(memory)?.take(room).map(|chain| chain.head_index()).collect())
     }
 
     /// Gives back what is done. Says whether the driver wants to hear of it.
@@ -371,9 +368,8 @@ impl Vring {
     pub(super) fn reset(&self) {
         let mut state = self.state.borrow_mut();
         debug_assert!(!state.started && state.running == 0, "only a stopped queue is reset");
-        let publishing = state.publishing;
-        *state = State::new();
-        state.publishing = publishing;
+        let (publishing, watched) = (state.publishing, state.watched);
+        *state = State { publishing, watched, ..State::new() };
     }
 
     /// Starts the queue if that is due, and looks at its available ring if it is to be served.
@@ -416,7 +412,11 @@ impl Vring {
                 Err(broken) => break Err(broken),
             }
         };
+        let watched = std::mem::replace(&mut state.watched, true);
         drop(state);
+        if !watched {
+            ring::look_out(Rc::clone(self) as Rc<dyn Lookout>);
+        }
         if let Err(broken) = result {
             self.broken(&broken);
         }
@@ -492,5 +492,37 @@ impl Vring {
             );
             signal(state.err.as_ref());
         }
+    }
+}
+
+impl Lookout for Vring {
+    fn has_news(&self) -> bool {
+        let Ok(state) = self.state.try_borrow() else { return false };
+        let Some(map) = state.map.as_ref().filter(|_| state.live() && state.started && state.room() > 0) else {
+            return false;
+        };
+        // What cannot be read is news, too: taking it says so.
+        state.ring.avail_idx(map.memory(), Ordering::Acquire).map_or(true, |index| index.0 != state.ring.next_avail())
+    }
+
+    fn attend(self: Rc<Self>) {
+        self.look();
+    }
+
+    fn rest(&self) -> bool {
+        let mut state = self.state.borrow_mut();
+        state.watched = false;
+        let Some(map) = state.map.clone().filter(|_| state.live() && state.started) else { return false };
+        match state.ring.enable_notification(map.memory()) {
+            // Where everything is taken, giving something back looks again.
+            Ok(true) if state.room() == 0 => state.starved = true,
+            Ok(more) => state.watched = more,
+            Err(error) => {
+                drop(state);
+                self.broken(&error.into());
+                return false;
+            }
+        }
+        state.watched
     }
 }

@@ -11,7 +11,8 @@ use crate::progress::Steps;
 use crate::size;
 use crate::tool;
 use disk::{Disk, DiskOptions};
-use image::create::{CreateOptions, Preallocation};
+use image::create::CreateOptions;
+use image::qcow2::DataFile;
 use image::{BackingRef, Bitmap, Format};
 use std::rc::Rc;
 
@@ -203,12 +204,10 @@ async fn into(
         let mut wanted = Wanted::gather(&args.options, output)?;
         wanted.backing = wanted.backing.or_else(|| args.backing.clone());
         wanted.backing_format = wanted.backing_format.or_else(|| args.backing_format.clone());
-        if wanted.backing.is_some() && wanted.preallocation != Preallocation::Off {
-            return Err("Backing file and preallocation cannot be used at the same time".into());
-        }
-        if wanted.data_file.is_some() {
-            let what = "'data_file' is an option of 'create'; make the image first, then 'convert -n' into it";
-            return Err(what.into());
+        wanted.check()?;
+        let data_file = wanted.data_file.map(|name| DataFile { name, raw: wanted.data_file_raw });
+        if data_file.is_some() && args.compress {
+            return Err("Compression not supported for images with a data file".into());
         }
         let size = wanted.size.unwrap_or(len);
         len = len.min(size);
@@ -228,10 +227,9 @@ async fn into(
             iteration_time: wanted.iteration_time,
             ..CreateOptions::new(output, size.next_multiple_of(512))
         };
-        create::write(target, &options).await?;
         secret = wanted.key_secret;
         let unlocking = secret.as_deref().map(|id| (id, &objects));
-        create::preallocate(target, output, wanted.preallocation, unlocking).await?;
+        create::write_all(target, &options, data_file.as_ref(), wanted.preallocation, unlocking).await?;
     }
     let (name, look) = create::named(target, output, secret.as_deref().map(|id| (id, &objects)));
     let writable = Look {

@@ -106,12 +106,7 @@ fn gather(args: &Args, format: Format) -> Result<Wanted, String> {
     if wanted.backing.is_none() && wanted.backing_format.is_some() {
         return Err("Backing format cannot be used without backing file".into());
     }
-    if wanted.backing.is_some() && wanted.preallocation != Preallocation::Off {
-        return Err("Backing file and preallocation cannot be used at the same time".into());
-    }
-    if wanted.data_file_raw && wanted.data_file.is_none() {
-        return Err("data-file-raw requires data-file".into());
-    }
+    wanted.check()?;
     if format == Format::Raw && wanted.backing.is_some() {
         return Err("Backing file not supported for file format 'raw'".into());
     }
@@ -119,6 +114,17 @@ fn gather(args: &Args, format: Format) -> Result<Wanted, String> {
 }
 
 impl Wanted {
+    /// Whether the options go together.
+    pub(crate) fn check(&self) -> Result<(), String> {
+        if self.backing.is_some() && self.preallocation != Preallocation::Off {
+            return Err("Backing file and preallocation cannot be used at the same time".into());
+        }
+        if self.data_file_raw && self.data_file.is_none() {
+            return Err("data-file-raw requires data-file".into());
+        }
+        Ok(())
+    }
+
     /// What `-o` says, of an image of this format.
     pub(crate) fn gather(lists: &[String], format: Format) -> Result<Self, String> {
         let mut wanted = Self::default();
@@ -296,12 +302,6 @@ async fn make(args: &Args, format: Format, wanted: Wanted, guess: Guess) -> Resu
         iteration_time: wanted.iteration_time,
     };
     let data_file = wanted.data_file.map(|name| qcow2::DataFile { name, raw: wanted.data_file_raw });
-    // A raw data file says what every cluster is: so each one has its place from the start.
-    let raw = data_file.as_ref().is_some_and(|file| file.raw);
-    let preallocation = match wanted.preallocation {
-        Preallocation::Off if raw => Preallocation::Metadata,
-        how => how,
-    };
     let unlocking = wanted.key_secret.as_deref().map(|id| (id, &objects));
     if !args.quiet {
         let line = formatting_line(file, &options, data_file.as_ref(), wanted.preallocation, wanted.compat.as_deref());
@@ -312,11 +312,27 @@ async fn make(args: &Args, format: Format, wanted: Wanted, guess: Guess) -> Resu
             tool::complain(&format!("warning: {warning}"));
         }
     }
-    match &data_file {
-        Some(data) => super::data_file::create(file, &options, data).await?,
-        None => write(file, &options).await?,
+    write_all(file, &options, data_file.as_ref(), wanted.preallocation, unlocking).await
+}
+
+/// Makes the image, with its data file if it has one, and gives its clusters their places as asked.
+pub(crate) async fn write_all(
+    file: &str,
+    options: &CreateOptions,
+    data_file: Option<&qcow2::DataFile>,
+    preallocation: Preallocation,
+    unlocking: Option<(&str, &Rc<Objects>)>,
+) -> Result<(), String> {
+    match data_file {
+        Some(data) => super::data_file::create(file, options, data).await?,
+        None => write(file, options).await?,
     }
-    preallocate(file, format, preallocation, unlocking).await
+    // A raw data file says what every cluster is: so each one has its place from the start.
+    let preallocation = match preallocation {
+        Preallocation::Off if data_file.is_some_and(|file| file.raw) => Preallocation::Metadata,
+        how => how,
+    };
+    preallocate(file, options.format, preallocation, unlocking).await
 }
 
 /// What a secret holds.

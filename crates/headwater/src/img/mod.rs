@@ -12,6 +12,7 @@ pub(crate) mod create;
 mod data_file;
 mod dd;
 pub(crate) mod info;
+mod key_slots;
 pub(crate) mod map;
 mod measure;
 mod option_help;

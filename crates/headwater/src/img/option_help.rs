@@ -49,9 +49,7 @@ fn lines(title: &str, options: impl IntoIterator<Item = (&'static str, &'static 
     text
 }
 
-const AMENDING: [(&str, &str, &str); 7] = [
-    ("backing_file", "str", "File name of a base image"),
-    ("backing_fmt", "str", "Image format of the base image"),
+const AMENDING: [(&str, &str, &str); 5] = [
     ("compat", "str", "Compatibility level (v2 [0.10] or v3 [1.1])"),
     ("data_file", "str", "File name of an external data file"),
     ("data_file_raw", "bool (on/off)", "The external data file must stay valid as a raw image"),
@@ -59,7 +57,26 @@ const AMENDING: [(&str, &str, &str); 7] = [
     ("refcount_bits", "num", "Width of a reference count entry in bits"),
 ];
 
-/// What `img amend` changes.
-pub(crate) fn amending() -> String {
-    lines("Amend options for 'qcow2':\n", AMENDING.into_iter().chain([SIZE]))
+/// What becomes of key slots: in QCOW2, and in LUKS by itself.
+const KEY_SLOTS: [(&str, &str, &str, &str); 5] = [
+    ("encrypt.iter-time", "iter-time", "num", "Time to spend in PBKDF in milliseconds"),
+    ("encrypt.keyslot", "keyslot", "num", "Select a single keyslot to modify explicitly"),
+    ("encrypt.new-secret", "new-secret", "str", "New secret to set in the matching keyslots"),
+    ("encrypt.old-secret", "old-secret", "str", "Select all keyslots that match this password"),
+    ("encrypt.state", "state", "str", "Select new state of affected keyslots (active/inactive)"),
+];
+
+/// What `img amend` changes; nothing where it changes nothing.
+pub(crate) fn amending(format: Format) -> Option<String> {
+    let options: Vec<_> = match format {
+        Format::Luks => KEY_SLOTS.map(|(_, key, kind, what)| (key, kind, what)).into(),
+        Format::Qcow2 => {
+            let keys = KEY_SLOTS.map(|(key, _, kind, what)| (key, kind, what));
+            let mut options: Vec<_> = BACKING.into_iter().chain(AMENDING).chain(keys).chain([SIZE]).collect();
+            options.sort_unstable();
+            options
+        }
+        _ => return None,
+    };
+    Some(lines(&format!("Amend options for '{format}':\n"), options))
 }

@@ -38,29 +38,30 @@ pub(crate) fn header_bytes() -> u64 {
     ALIGN + SLOTS as u64 * material
 }
 
-fn random<const N: usize>() -> Result<Zeroizing<[u8; N]>> {
+pub(super) fn random<const N: usize>() -> Result<Zeroizing<[u8; N]>> {
     let mut bytes = Zeroizing::new([0; N]);
     getrandom::fill(&mut *bytes).map_err(no_random)?;
     Ok(bytes)
 }
 
-fn no_random(error: getrandom::Error) -> Error {
+pub(super) fn no_random(error: getrandom::Error) -> Error {
     Error::new(ErrorKind::Unsupported, "", None, format!("the system gives no random numbers: {error}"))
 }
 
-/// Rounds that take about `span`.
-fn rounds_in(span: Duration) -> u32 {
+/// Rounds that take about `span` (half a second, if nothing is said).
+pub(super) fn rounds_in(span: Option<Duration>, hash: Hash) -> u32 {
+    let span = span.unwrap_or(DERIVING);
     const TRIED: u32 = 10_000;
     let mut into = [0; 32];
     let began = Instant::now();
-    Hash::Sha256.derive(b"measure", b"measure", TRIED, &mut into);
+    hash.derive(b"measure", b"measure", TRIED, &mut into);
     let each = began.elapsed().as_secs_f64() / f64::from(TRIED);
     ((span.as_secs_f64() / each.max(1e-9)) as u32).clamp(LEAST_ROUNDS, 50_000_000)
 }
 
 /// Makes a header under this passphrase.
 pub(crate) async fn plan(passphrase: Passphrase, deriving: Option<Duration>) -> Result<Plan> {
-    ring::unblock(move || made(&passphrase, rounds_in(deriving.unwrap_or(DERIVING)))).await
+    ring::unblock(move || made(&passphrase, rounds_in(deriving, Hash::Sha256))).await
 }
 
 fn made(passphrase: &Passphrase, rounds: u32) -> Result<Plan> {
@@ -90,7 +91,7 @@ fn made(passphrase: &Passphrase, rounds: u32) -> Result<Plan> {
         uuid,
         slots,
     };
-    let mut material = split(&*key)?;
+    let mut material = split(&*key, Hash::Sha256)?;
     let mut derived = Zeroizing::new([0; KEY_BYTES]);
     Hash::Sha256.derive(passphrase.bytes(), &salt, rounds, &mut *derived);
     let unknown = |error: store::cipher::UnknownCipher| Error::new(ErrorKind::Unsupported, "", None, error.to_string());
@@ -104,7 +105,7 @@ fn made(passphrase: &Passphrase, rounds: u32) -> Result<Plan> {
 }
 
 /// Splits a key into pieces all of which are needed.
-fn split(key: &[u8]) -> Result<Zeroizing<Vec<u8>>> {
+pub(super) fn split(key: &[u8], hash: Hash) -> Result<Zeroizing<Vec<u8>>> {
     let len = key.len();
     let mut material = Zeroizing::new(vec![0; len * STRIPES as usize]);
     let last = len * (STRIPES as usize - 1);
@@ -112,7 +113,7 @@ fn split(key: &[u8]) -> Result<Zeroizing<Vec<u8>>> {
     let mut sum = Zeroizing::new(vec![0_u8; len]);
     for stripe in material[..last].chunks_exact(len) {
         sum.iter_mut().zip(stripe).for_each(|(a, b)| *a ^= b);
-        Hash::Sha256.diffuse(&mut sum);
+        hash.diffuse(&mut sum);
     }
     material[last..].iter_mut().zip(key.iter().zip(&*sum)).for_each(|(piece, (a, b))| *piece = a ^ b);
     Ok(material)
@@ -139,7 +140,7 @@ mod tests {
     #[test]
     fn a_split_key_comes_together_again() {
         let key: Vec<u8> = (0..64).collect();
-        assert_eq!(**merge(&split(&key).unwrap(), 64, Hash::Sha256), *key);
+        assert_eq!(**merge(&split(&key, Hash::Sha256).unwrap(), 64, Hash::Sha256), *key);
     }
 
     #[test]
@@ -150,10 +151,10 @@ mod tests {
         plan.cipher.encrypt(9, &mut sector);
         Sim::new(1).block_on(async {
             let store: Rc<dyn Store> = MemoryStore::from_bytes("v", &plan.bytes);
-            let unlocked = unlock(&store, HostOffset::ZERO, b"open sesame").await.unwrap();
+            let unlocked = unlock(&store, HostOffset::ZERO, None, b"open sesame").await.unwrap();
             unlocked.cipher.decrypt(9, &mut sector);
             assert!(sector == [5; 512]);
-            let error = unlock(&store, HostOffset::ZERO, b"open barley").await.map(drop).unwrap_err();
+            let error = unlock(&store, HostOffset::ZERO, None, b"open barley").await.map(drop).unwrap_err();
             assert!(error.to_string().contains("Invalid password"), "{error}");
         });
     }

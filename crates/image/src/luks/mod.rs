@@ -1,5 +1,6 @@
 //! LUKS, version 1: a volume whose key a passphrase unlocks. By itself it is raw bytes behind a header; QCOW2 keeps such a header for
-//! its clusters. `unlock` finds the key, `format` makes a header.
+//! its clusters. `unlock` finds the key, `format` makes a header, `slots` gives the key to
+//! other passphrases.
 //!
 //! **Invariants.**
 //! * Keys and passphrases are in no message and no `Debug` output, and are wiped.
@@ -7,9 +8,11 @@
 //! * Nothing is read as plain that is encrypted: without the key reads and writes are errors.
 
 mod format;
+mod slots;
 mod unlock;
 
 pub(crate) use format::{Plan, header_bytes, plan};
+pub use slots::{KeySlots, SlotChange};
 pub(crate) use unlock::{Unlocked, unlock};
 
 use crate::create::CreateOptions;
@@ -60,12 +63,12 @@ pub(crate) async fn open(
     let Some(passphrase) = surroundings.passphrase else {
         return Err(no_passphrase(&*store, "key-secret"));
     };
-    let Unlocked { cipher, payload } = unlock(&store, HostOffset::ZERO, passphrase).await?;
+    let Unlocked { cipher, payload, slots } = unlock(&store, HostOffset::ZERO, None, passphrase).await?;
     if payload.get() > store.size() {
         let what = "its data begin past the end of the file";
         return Err(Error::new(ErrorKind::Corrupt, store.name(), Some(payload), what));
     }
-    crate::raw::open_as(CipherStore::new(store, Some(cipher), payload), options, Format::Luks)
+    crate::raw::open_as(CipherStore::new(store, Some(cipher), payload), options, Format::Luks, Some(slots))
 }
 
 /// Writes a new, empty volume of `size` bytes into `store`.

@@ -1,5 +1,6 @@
 //! From a passphrase to the master key.
 
+use super::slots::KeySlots;
 use crate::{Error, ErrorKind, Result};
 use hmac::digest::{Digest, FixedOutputReset};
 use layout::HostOffset;
@@ -26,6 +27,14 @@ impl Hash {
             "sha512" => Some(Self::Sha512),
             _ => None,
         }
+    }
+
+    /// The one that a header states.
+    pub(super) fn of(header: &Header, store: &dyn Store, at: HostOffset) -> Result<Self> {
+        Self::from_name(&header.hash).ok_or_else(|| {
+            let what = format!("its hash '{}' is not known (sha1, sha256, sha512 are)", header.hash);
+            Error::new(ErrorKind::Unsupported, store.name(), Some(at), what)
+        })
     }
 
     /// PBKDF2 (RFC 8018) with HMAC of this hash.
@@ -75,31 +84,59 @@ pub(crate) struct Unlocked {
     pub(crate) cipher: Cipher,
     /// Where the data begin, in a volume by itself.
     pub(crate) payload: HostOffset,
+    pub(crate) slots: KeySlots,
 }
 
-/// Finds the master key in the header at `at`.
-pub(crate) async fn unlock(store: &Rc<dyn Store>, at: HostOffset, passphrase: &[u8]) -> Result<Unlocked> {
+/// The master key, and where it was found.
+pub(super) struct Key {
+    pub(super) header: Header,
+    pub(super) slot: usize,
+    pub(super) bytes: Zeroizing<Vec<u8>>,
+}
+
+/// Finds the master key in the header at `at`, which has `room` bytes for itself and its slots, or as much as it says.
+pub(crate) async fn unlock(
+    store: &Rc<dyn Store>,
+    at: HostOffset,
+    room: Option<u64>,
+    passphrase: &[u8],
+) -> Result<Unlocked> {
+    let Some(Key { header, bytes, .. }) = find_key(store, at, passphrase, 0).await? else {
+        let what = "Invalid password, cannot unlock any keyslot";
+        return Err(Error::new(ErrorKind::InvalidArgument, store.name(), None, what));
+    };
+    let unsupported = |what: String| Error::new(ErrorKind::Unsupported, store.name(), Some(at), what);
+    let cipher = Cipher::new(&header.cipher, &header.mode, &bytes).map_err(|e| unsupported(e.to_string()))?;
+    let room = room.unwrap_or(u64::MAX).min(header.payload.get());
+    let slots = KeySlots { store: Rc::clone(store), at, room, key: Rc::new(bytes) };
+    Ok(Unlocked { cipher, payload: header.payload, slots })
+}
+
+/// The first slot from `from` on that the passphrase unlocks.
+pub(super) async fn find_key(
+    store: &Rc<dyn Store>,
+    at: HostOffset,
+    passphrase: &[u8],
+    from: usize,
+) -> Result<Option<Key>> {
     let head = crate::master::read(&**store, at.range(HEADER_BYTES as u64)).await?;
     let header = Header::decode(&head).map_err(|error| crate::master::damaged(store.name(), &error))?;
+    let hash = Hash::of(&header, &**store, at)?;
     let unsupported = |what: String| Error::new(ErrorKind::Unsupported, store.name(), Some(at), what);
-    let hash = Hash::from_name(&header.hash)
-        .ok_or_else(|| unsupported(format!("its hash '{}' is not known (sha1, sha256, sha512 are)", header.hash)))?;
     // Found out before minutes are spent on a key that nothing can be done with.
     Cipher::new(&header.cipher, &header.mode, &vec![0; header.key_bytes]).map_err(|e| unsupported(e.to_string()))?;
-    for slot in header.slots.iter().filter(|slot| slot.active) {
+    for (number, slot) in header.slots.iter().enumerate().skip(from).filter(|(_, slot)| slot.active) {
         let place = header.material(slot);
         let material = Iov::alloc(place.len().next_multiple_of(SECTOR) as usize);
         store.read(at + place.start().get(), material.clone()).await?;
         let material = Zeroizing::new(material.to_vec());
         let (secret, slot, of) = (Zeroizing::new(passphrase.to_vec()), *slot, header.clone());
         let found = ring::unblock(move || try_slot(&secret, &slot, &of, hash, material)).await;
-        if let Some(key) = found {
-            let cipher = Cipher::new(&header.cipher, &header.mode, &key).map_err(|e| unsupported(e.to_string()))?;
-            return Ok(Unlocked { cipher, payload: header.payload });
+        if let Some(bytes) = found {
+            return Ok(Some(Key { slot: number, bytes, header }));
         }
     }
-    let what = "Invalid password, cannot unlock any keyslot";
-    Err(Error::new(ErrorKind::InvalidArgument, store.name(), None, what))
+    Ok(None)
 }
 
 /// The master key, if the passphrase is this slot's.

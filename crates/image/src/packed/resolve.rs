@@ -2,7 +2,7 @@
 
 use super::pieces::Piece;
 use super::{How, PackedImage};
-use crate::inflate::inflate;
+use crate::inflate::{inflate, inflate_piece};
 use crate::master::{Master, read};
 use crate::probe::like_an_image;
 use crate::{Error, ErrorKind, Format, ImageFuture, ImageInfo, Mapped, Mapping, Result};
@@ -51,7 +51,7 @@ fn unpack(how: How, piece: Piece, packed: &[u8], len: usize) -> std::result::Res
             bytes.truncate(got);
             bytes
         }
-        How::Chunk => inflate(packed, false, len)?,
+        How::Chunk => inflate_piece(packed, false, len)?,
         How::Member => {
             let header = Header::decode(packed, 0).map_err(|error| error.to_string())?;
             let stream = packed.len().checked_sub(TRAILER).and_then(|end| packed.get(header.len..end));

@@ -67,6 +67,7 @@ use crate::commits::Commits;
 use crate::create::Preallocation;
 use crate::health::Health;
 use crate::kept::Kept;
+use crate::luks::KeySlots;
 use crate::reservation::Active;
 use crate::room::Room;
 use crate::slices::Shelf;
@@ -126,6 +127,8 @@ struct Core {
     commits: Commits,
     kept: RefCell<Kept>,
     packing: RefCell<Packing>,
+    /// If it is encrypted and unlocked.
+    key_slots: Option<KeySlots>,
 }
 
 /// How QCOW2 writes its L1 table.
@@ -299,6 +302,10 @@ impl Image for Qcow2Image {
     fn set_backing(&self, backing: Option<BackingRef>) -> ImageFuture<'_, ()> {
         let core = self.core.clone();
         Box::pin(ring::spawn(async move { core.set_backing(backing).await }))
+    }
+
+    fn key_slots(&self) -> Option<KeySlots> {
+        self.core.key_slots.clone()
     }
 
     fn amend<'a>(&'a self, change: &'a Amendment) -> ImageFuture<'a, ()> {

@@ -5,7 +5,7 @@ use super::refcount::Refcounts;
 use super::{Core, Qcow2Image, SLICE_BYTES, data_file, l1_form};
 use crate::commits::Commits;
 use crate::health::Health;
-use crate::luks;
+use crate::luks::{self, KeySlots};
 use crate::reservation::Active;
 use crate::room::Room;
 use crate::slices::{CACHE_BYTES, Shelf, SliceCache};
@@ -73,8 +73,8 @@ async fn open_with(
         let what = "its raw data file cannot have a backing file; open it read-only, or take the backing file away";
         return Err(Error::new(ErrorKind::Corrupt, store.name(), None, what));
     }
-    let payload = match &data_file {
-        Some(file) => data_file::open(&*store, file, options, surroundings).await?,
+    let (payload, key_slots) = match &data_file {
+        Some(file) => (data_file::open(&*store, file, options, surroundings).await?, None),
         None => payload(&store, &header, surroundings.passphrase).await?,
     };
     let unpinned = Rc::new(Event::new());
@@ -98,6 +98,7 @@ async fn open_with(
         commits: Commits::default(),
         kept: RefCell::default(),
         packing: RefCell::default(),
+        key_slots,
         blank: header.crypt == 0,
         header: Cell::new(header),
         payload,
@@ -119,17 +120,24 @@ async fn open_with(
 }
 
 /// Where guests' data are. Of an encrypted image that nobody has unlocked, everything but them can be looked at.
-async fn payload(store: &Rc<dyn Store>, header: &Header, passphrase: Option<&[u8]>) -> Result<Rc<dyn Store>> {
+async fn payload(
+    store: &Rc<dyn Store>,
+    header: &Header,
+    passphrase: Option<&[u8]>,
+) -> Result<(Rc<dyn Store>, Option<KeySlots>)> {
     if header.crypt == 0 {
-        return Ok(Rc::clone(store));
+        return Ok((Rc::clone(store), None));
     }
     let place = encryption_header(&**store, header).await?;
-    let cipher = match passphrase {
-        Some(passphrase) => Some(luks::unlock(store, place.start(), passphrase).await?.cipher),
-        None => None,
+    let (cipher, slots) = match passphrase {
+        Some(passphrase) => {
+            let unlocked = luks::unlock(store, place.start(), Some(place.len()), passphrase).await?;
+            (Some(unlocked.cipher), Some(unlocked.slots))
+        }
+        None => (None, None),
     };
     // Sectors are numbered by where they are in the file.
-    Ok(CipherStore::new(Rc::clone(store), cipher, HostOffset::ZERO))
+    Ok((CipherStore::new(Rc::clone(store), cipher, HostOffset::ZERO), slots))
 }
 
 /// Where the header of the encryption is.

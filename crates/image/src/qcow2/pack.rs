@@ -62,8 +62,7 @@ impl Packing {
 
 thread_local! {
     /// Making them costs memory and time; they are used again.
-    static DEFLATE: RefCell<Compress> =
-        RefCell::new(Compress::new_with_window_bits(flate2::Compression::default(), false, DEFLATE_WINDOW_BITS));
+    static DEFLATE: RefCell<Option<Compress>> = const { RefCell::new(None) };
     static ZSTD: RefCell<Option<zstd::bulk::Compressor<'static>>> = const { RefCell::new(None) };
 }
 
@@ -72,13 +71,20 @@ pub(super) fn pack(how: Compression, cluster: &[u8]) -> std::io::Result<Option<V
     let most = cluster.len() - 1;
     match how {
         Compression::Deflate => {
-            let mut packed = vec![0; most];
-            DEFLATE.with_borrow_mut(|deflate| {
-                deflate.reset();
-                let status = deflate.compress(cluster, &mut packed, FlushCompress::Finish)?;
-                packed.truncate(deflate.total_out() as usize);
-                Ok((status == Status::StreamEnd).then_some(packed))
-            })
+            // Room for more than anything is packed into: whatever is begun comes to its end.
+            let mut packed = vec![0; cluster.len() + cluster.len() / 8 + 64];
+            let mut deflate = DEFLATE.take().unwrap_or_else(|| {
+                Compress::new_with_window_bits(flate2::Compression::default(), false, DEFLATE_WINDOW_BITS)
+            });
+            deflate.reset();
+            let status = deflate.compress(cluster, &mut packed, FlushCompress::Finish)?;
+            packed.truncate(deflate.total_out() as usize);
+            if status != Status::StreamEnd {
+                // `reset` does not take back all that such a stream has used up (zlib-rs 0.6.8).
+                return Ok(None);
+            }
+            DEFLATE.set(Some(deflate));
+            Ok((packed.len() <= most).then_some(packed))
         }
         Compression::Zstd => {
             let packed = ZSTD.with_borrow_mut(|slot| {
@@ -157,15 +163,34 @@ impl Core {
 mod tests {
     use super::*;
 
+    fn noise(len: usize, mut state: u64) -> Vec<u8> {
+        let mut next = || {
+            state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+            (state >> 56) as u8
+        };
+        (0..len).map(|_| next()).collect()
+    }
+
+    /// Each cluster is packed as if it were the first, whatever came before: above all, those that could not be packed.
+    #[test]
+    fn contexts_carry_nothing_over() {
+        for how in [Compression::Deflate, Compression::Zstd] {
+            for round in 0..120_usize {
+                let mut cluster = noise([4096, 512, 65536][round / 30 % 3], round as u64);
+                // Noise many times on end, and then everything between noise and none.
+                let plain = cluster.len() / 8 * (round.saturating_sub(60) % 9);
+                cluster[..plain].fill(round as u8);
+                let packed = pack(how, &cluster).unwrap();
+                let fresh = cluster.clone();
+                let alone = std::thread::spawn(move || pack(how, &fresh).unwrap()).join().unwrap();
+                assert_eq!(packed, alone, "{how:?} {round}");
+            }
+        }
+    }
+
     #[test]
     fn what_saves_nothing_is_not_packed() {
-        let mut state = 1_u64;
-        let noise: Vec<u8> = (0..65536)
-            .map(|_| {
-                state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
-                (state >> 56) as u8
-            })
-            .collect();
+        let noise = noise(65536, 1);
         for how in [Compression::Deflate, Compression::Zstd] {
             assert_eq!(pack(how, &noise).unwrap(), None, "{how:?}");
             assert!(pack(how, &vec![7; 65536]).unwrap().is_some_and(|packed| packed.len() < 1000), "{how:?}");

@@ -73,11 +73,23 @@ impl Core {
             SnapshotAction::Create(..) => 0,
             SnapshotAction::Apply(name) | SnapshotAction::Delete(name) => find(name)?,
         };
+        let (l1, replaced) = match &action {
+            SnapshotAction::Create(..) => (self.active_l1(), Vec::new()),
+            SnapshotAction::Apply(_) => {
+                let l1 = self.snapshot_l1(&all[found]).await?;
+                self.check_tables(&all[found], &l1)?;
+                (l1, self.reachable(&self.active_l1()).await?)
+            }
+            SnapshotAction::Delete(_) => (self.snapshot_l1(&all[found]).await?, Vec::new()),
+        };
+        let reachable = self.reachable(&l1).await?;
         self.mark_dirty(&mut zone, true).await?;
         let done = match action {
-            SnapshotAction::Create(name, date) => self.create_snapshot(&mut zone, all, name, date).await,
-            SnapshotAction::Apply(_) => self.apply_snapshot(&mut zone, &all[found]).await,
-            SnapshotAction::Delete(_) => self.delete_snapshot(&mut zone, all, found).await,
+            SnapshotAction::Create(name, date) => {
+                self.create_snapshot(&mut zone, all, (name, date), (&l1, reachable)).await
+            }
+            SnapshotAction::Apply(_) => self.apply_snapshot(&mut zone, &all[found], (&l1, reachable), replaced).await,
+            SnapshotAction::Delete(_) => self.delete_snapshot(&mut zone, all, found, (&l1, reachable)).await,
         };
         if done.as_ref().is_err_and(|error| error.kind() == ErrorKind::Unsupported) {
             // What cannot be counted was told before anything was changed.
@@ -108,7 +120,8 @@ impl Core {
         self.tables.borrow().l1().get(..entries).unwrap_or_default().to_vec()
     }
 
-    /// All clusters that an L1 table leads to: L2 tables, and what those refer to.
+    /// All clusters that an L1 table leads to: L2 tables, and what those refer to. All of them are in the file: counting others
+    /// would take refcounts for as many as an entry says.
     async fn reachable(&self, l1: &[u64]) -> Result<Vec<HostRange>> {
         let header = self.header.get();
         let mut ranges = Ranges::default();
@@ -123,7 +136,14 @@ impl Core {
                 ranges.add(L2Entry::referred(u64::from_be_bytes(entry[0]), &header));
             }
         }
-        Ok(ranges.0)
+        let end = self.store.size().next_multiple_of(header.cluster_size());
+        match ranges.0.iter().find(|range| range.end().get() > end) {
+            None => Ok(ranges.0),
+            Some(outside) => {
+                let what = "a table leads to past the end of the file; check and repair the image";
+                Err(self.health.corrupt(outside.start(), what.to_owned()))
+            }
+        }
     }
 
     fn l2_table(&self, raw: u64, index: usize) -> Result<Option<HostOffset>> {
@@ -175,12 +195,10 @@ impl Core {
         self: &Rc<Self>,
         zone: &mut HeaderZone,
         mut all: Vec<Snapshot>,
-        name: String,
-        date: (u32, u32),
+        (name, date): (String, (u32, u32)),
+        (l1, reachable): (&[u64], Vec<HostRange>),
     ) -> Result<()> {
         let header = self.header.get();
-        let l1 = self.active_l1();
-        let reachable = self.reachable(&l1).await?;
         self.count_up(reachable).await?;
         let kept = self.room_for(l1.len() as u64 * 8).await?;
         let shared: Vec<u64> = l1.iter().map(|entry| entry & !COPIED).collect();
@@ -204,23 +222,32 @@ impl Core {
         self.write_refcounts(zone).await?;
         self.health.barrier().await?;
         // Nobody may write in place any more what is about to be shared.
-        self.set_flags(&l1, |_| false).await?;
+        self.set_flags(l1, |_| false).await?;
         self.publish_snapshots(zone, table, all.len()).await?;
         self.write_refcounts(zone).await
     }
 
-    async fn apply_snapshot(self: &Rc<Self>, zone: &mut HeaderZone, snapshot: &Snapshot) -> Result<()> {
+    fn check_tables(&self, snapshot: &Snapshot, l1: &[u64]) -> Result<()> {
         let header = self.header.get();
         let size = snapshot.disk_size.unwrap_or(header.size);
-        let entries = self.snapshot_l1(snapshot).await?;
-        if header.l1_entries_for(size) > entries.len() as u64 || size > header.max_size() {
-            let what = format!("snapshot '{}' has too few tables for its size", snapshot.name);
-            return Err(self.health.error(ErrorKind::Corrupt, Some(snapshot.l1_table), what));
+        if header.l1_entries_for(size) <= l1.len() as u64 && size <= header.max_size() {
+            return Ok(());
         }
-        let reachable = self.reachable(&entries).await?;
+        let what = format!("snapshot '{}' has too few tables for its size", snapshot.name);
+        Err(self.health.error(ErrorKind::Corrupt, Some(snapshot.l1_table), what))
+    }
+
+    /// `unused` is what the present state leads to.
+    async fn apply_snapshot(
+        self: &Rc<Self>,
+        zone: &mut HeaderZone,
+        snapshot: &Snapshot,
+        (entries, reachable): (&[u64], Vec<HostRange>),
+        unused: Vec<HostRange>,
+    ) -> Result<()> {
+        let header = self.header.get();
+        let size = snapshot.disk_size.unwrap_or(header.size);
         self.count_up(reachable).await?;
-        let old = self.active_l1();
-        let unused = self.reachable(&old).await?;
         let shared: Vec<u64> = entries.iter().map(|entry| entry & !COPIED).collect();
         let place = self.room_for(shared.len() as u64 * 8).await?;
         if !place.is_empty() {
@@ -249,10 +276,9 @@ impl Core {
         zone: &mut HeaderZone,
         mut all: Vec<Snapshot>,
         number: usize,
+        (entries, unused): (&[u64], Vec<HostRange>),
     ) -> Result<()> {
         let snapshot = all.remove(number);
-        let entries = self.snapshot_l1(&snapshot).await?;
-        let unused = self.reachable(&entries).await?;
         let table = self.write_snapshot_table(&all).await?;
         self.publish_snapshots(zone, table, all.len()).await?;
         self.count_down(unused).await?;

@@ -14,6 +14,7 @@ pub(crate) use create::{create, validate};
 pub(crate) use open::{open, open_as};
 
 use crate::create::Preallocation;
+use crate::luks::KeySlots;
 use crate::{
     BackingRef, CheckReport, Error, ErrorKind, Format, Image, ImageFuture, ImageInfo, Mapped, Mapping, Purpose, Repair,
     Reservation, Result,
@@ -37,6 +38,8 @@ pub(crate) struct RawImage {
     size: Cell<u64>,
     /// What the bytes lie in.
     format: Format,
+    /// If they are encrypted.
+    key_slots: Option<KeySlots>,
     poison: RefCell<Option<Error>>,
 }
 
@@ -73,6 +76,10 @@ impl RawImage {
 }
 
 impl Image for RawImage {
+    fn key_slots(&self) -> Option<KeySlots> {
+        self.key_slots.clone()
+    }
+
     fn format(&self) -> Format {
         self.format
     }

@@ -12,6 +12,7 @@ mod faults;
 mod files;
 mod guest;
 mod hostile;
+mod key_slots;
 mod luks;
 mod masters;
 mod model;

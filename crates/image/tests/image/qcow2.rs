@@ -506,3 +506,43 @@ fn damaged_images_are_errors_with_a_place() {
         }
     }
 }
+
+/// A table that leads far past the end of the file: no snapshot is made of it, none is deleted, in little memory; and nothing is
+/// changed.
+#[test]
+fn a_snapshot_of_what_is_not_there_is_refused() {
+    use image::create::CreateOptions;
+    use image::{ErrorKind, Format, OpenOptions, SnapshotAction};
+    use layout::HostOffset;
+    use ring::Iov;
+    use store::Store;
+    use store::memory::MemoryStore;
+    Sim::new(6).block_on(async {
+        let store = MemoryStore::new("far.qcow2", 0);
+        let options = CreateOptions { cluster_size: Some(4096), ..CreateOptions::new(Format::Qcow2, 1 << 20) };
+        image::create::create(store.clone(), &options).await.unwrap();
+        let open =
+            async |store: &Rc<MemoryStore>| image::open(store.clone(), Format::Qcow2, OpenOptions::default()).await;
+        let guest = Guest::new(open(&store).await.unwrap(), &[]);
+        guest.write(0, &vec![1; 8192]).await.unwrap();
+        guest.image.snapshot(SnapshotAction::Create("one".to_owned(), (1, 2))).await.unwrap();
+        guest.image.close().await.unwrap();
+        let word = async |at: u64| {
+            let bytes = Iov::alloc(8);
+            store.read(HostOffset(at), bytes.clone()).await.unwrap();
+            u64::from_be_bytes(bytes.to_vec().try_into().unwrap()) & 0x00ff_ffff_ffff_fe00
+        };
+        let table = word(word(40).await).await;
+        store.write(HostOffset(table + 8), Iov::from_slice(&(1_u64 << 50).to_be_bytes()), false).await.unwrap();
+        let (before, held) = (store.to_vec(), store.peek().held());
+        for action in [SnapshotAction::Create("two".to_owned(), (1, 2)), SnapshotAction::Delete("one".to_owned())] {
+            let image = open(&store).await.unwrap();
+            let what = format!("{action:?}");
+            let error = image.snapshot(action).await.expect_err(&what);
+            assert_eq!(error.kind(), ErrorKind::Corrupt, "{error}");
+            assert!(error.to_string().contains("past the end of the file"), "{error}");
+            image.close().await.unwrap();
+        }
+        assert!(store.to_vec()[..before.len()] == before && store.peek().held() <= held + (1 << 20));
+    });
+}

@@ -46,6 +46,24 @@ pub struct Slot {
     pub stripes: u32,
 }
 
+impl Slot {
+    /// Where the slot of this number stands in the header.
+    pub fn place(number: usize) -> u64 {
+        208 + number as u64 * 48
+    }
+
+    /// Its bytes there. The first four say whether it is active, and lie in one sector whatever the slot.
+    pub fn encode(&self) -> [u8; 48] {
+        let mut bytes = [0; 48];
+        bytes[..4].copy_from_slice(&(if self.active { ACTIVE } else { DEAD }).to_be_bytes());
+        bytes[4..8].copy_from_slice(&self.iterations.to_be_bytes());
+        bytes[8..40].copy_from_slice(&self.salt);
+        bytes[40..44].copy_from_slice(&((self.material.get() / SECTOR) as u32).to_be_bytes());
+        bytes[44..].copy_from_slice(&self.stripes.to_be_bytes());
+        bytes
+    }
+}
+
 /// A header that makes sense.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Header {
@@ -161,12 +179,7 @@ impl Header {
         put(164, &self.digest_iterations.to_be_bytes());
         put(168, &cut(&self.uuid, 40));
         for (number, slot) in self.slots.iter().enumerate() {
-            let at = 208 + number * 48;
-            put(at, &(if slot.active { ACTIVE } else { DEAD }).to_be_bytes());
-            put(at + 4, &slot.iterations.to_be_bytes());
-            put(at + 8, &slot.salt);
-            put(at + 40, &((slot.material.get() / SECTOR) as u32).to_be_bytes());
-            put(at + 44, &slot.stripes.to_be_bytes());
+            put(Slot::place(number) as usize, &slot.encode());
         }
         bytes
     }

@@ -13,6 +13,7 @@ use crate::executor::Backend;
 use crate::file::{Events, File};
 use crate::inbox::Inbox;
 use crate::iov::Iov;
+use crate::lookout::Lookouts;
 use crate::runtime::{self, Core, Driver};
 use std::future::Future;
 use std::io;
@@ -302,11 +303,12 @@ impl Reactor {
         }
     }
 
-    /// Carries out what was started, takes in what has ended, and sleeps as long as `wait` allows if nothing has.
-    pub(crate) fn turn(&self, wait: Wait) {
+    /// Carries out what was started, takes in what has ended, and sleeps as long as `wait` allows if nothing has, nor any of
+    /// `lookouts` has news.
+    pub(crate) fn turn(&self, wait: Wait, lookouts: &Lookouts) {
         match self {
-            Self::Uring(uring) => uring.turn(wait),
-            Self::Threads(threads) => threads.turn(wait),
+            Self::Uring(uring) => uring.turn(wait, lookouts),
+            Self::Threads(threads) => threads.turn(if wait != Wait::No && lookouts.rest() { Wait::No } else { wait }),
         }
     }
 

@@ -12,6 +12,7 @@ use super::workers::{Call, Job, Workers};
 use super::{Events, Finished, Kind, Memory, Op, SEGMENTS_MAX, Slot, Slots, Wait, Work};
 use crate::file::File;
 use crate::inbox::Inbox;
+use crate::lookout::Lookouts;
 use io_uring::squeue::{Entry, Flags};
 use io_uring::{IoUring, Probe, opcode, types};
 use std::cell::{RefCell, UnsafeCell};
@@ -153,12 +154,12 @@ impl Uring {
         self.workers.borrow_mut().get_or_insert_with(|| Workers::new("ring-helper")).submit(job);
     }
 
-    pub(super) fn turn(&self, wait: Wait) {
+    pub(super) fn turn(&self, wait: Wait, lookouts: &Lookouts) {
         let mut inner = self.inner.borrow_mut();
         if !inner.bell_armed {
             inner.arm_bell(&self.inbox);
         }
-        inner.wait(wait);
+        inner.wait(wait, lookouts);
         inner.reap();
         let mut finished = mem::take(&mut inner.finished);
         drop(inner);
@@ -252,8 +253,8 @@ impl Inner {
     }
 
     /// Hands over what waits to be submitted and waits for news: with a look first, where news is expected soon.
-    fn wait(&mut self, wait: Wait) {
-        if wait == Wait::No || self.slots.in_flight == 0 {
+    fn wait(&mut self, wait: Wait, lookouts: &Lookouts) {
+        if wait == Wait::No || self.slots.in_flight == 0 && lookouts.is_empty() {
             return self.enter(wait);
         }
         let start = Instant::now();
@@ -263,7 +264,7 @@ impl Inner {
         };
         if !patience.is_zero() {
             self.enter(Wait::No);
-            while !self.has_news() {
+            while !self.has_news() && !lookouts.have_news() {
                 if start.elapsed() >= patience {
                     break;
                 }
@@ -271,6 +272,7 @@ impl Inner {
             }
         }
         // With news at hand this only collects it.
+        let wait = if self.has_news() || lookouts.rest() { Wait::No } else { wait };
         self.enter(wait);
         self.spin.waited(start.elapsed());
     }

@@ -25,6 +25,8 @@ pub(crate) struct Disk {
     pub(crate) format: &'static str,
     /// The raw file behind it.
     pub(crate) base: Option<PathBuf>,
+    /// How all of it is opened.
+    pub(crate) cache: Cache,
 }
 
 /// How the disk is reached.
@@ -73,7 +75,7 @@ impl Side {
 
 fn headwater(dir: &Path, disk: &Disk, export: Export, socket: &Path) -> Result<Program> {
     // It finds the base by itself, from the overlay's header.
-    let serve = Headwater::serve(dir).arg("--cache").arg("none").device("disk0", &disk.top);
+    let serve = Headwater::serve(dir).arg("--cache").arg(disk.cache.name()).device("disk0", &disk.top);
     let serve = match export {
         Export::Nbd => serve.nbd(socket),
         Export::VhostUser => serve.vhost_user(socket),
@@ -85,11 +87,11 @@ fn qsd(dir: &Path, disk: &Disk, export: Export, socket: &Path) -> Result<Program
     let mut qsd = QsdBuilder::new(dir);
     if let Some(base) = &disk.base {
         qsd = qsd
-            .node(&file_node("base-file", base, Cache::None, true))
+            .node(&file_node("base-file", base, disk.cache, true))
             .node(&json!({ "driver": "raw", "node-name": "base", "file": "base-file", "read-only": true }));
     }
     let backing = disk.base.as_ref().map(|_| "base");
-    qsd = qsd.node(&file_node("top-file", &disk.top, Cache::None, false)).node(&format_node(
+    qsd = qsd.node(&file_node("top-file", &disk.top, disk.cache, false)).node(&format_node(
         "top",
         disk.format,
         "top-file",

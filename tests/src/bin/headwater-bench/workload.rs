@@ -3,6 +3,7 @@
 use std::time::Instant;
 
 use headwater_tests::process::PATIENCE;
+use headwater_tests::qemu::Cache;
 use headwater_tests::{Result, error};
 use serde_json::{Value, json};
 
@@ -32,6 +33,7 @@ enum Work {
         op: Op,
         pattern: Pattern,
         depth: usize,
+        cache: Cache,
     },
     /// The stream job from start to end, over an overlay in which nothing is allocated.
     Stream {
@@ -84,11 +86,25 @@ pub(crate) fn all() -> Vec<Workload> {
         about,
         unit: "IOPS",
         goal,
-        work: Work::Random { export, image, op, pattern, depth },
+        work: Work::Random { export, image, op, pattern, depth, cache: Cache::None },
     };
     let near =
         |name, about, export, image, op, depth| random(name, about, 1.0, export, image, op, Pattern::Anywhere, depth);
     let allocating = |name, about, export| random(name, about, 5.0, export, Overlay, Write, Pattern::EachCluster, 32);
+    let cached = |name, about, export| Workload {
+        name,
+        about,
+        unit: "IOPS",
+        goal: 5.0,
+        work: Work::Random {
+            export,
+            image: Overlay,
+            op: Write,
+            pattern: Pattern::EachCluster,
+            depth: 32,
+            cache: Cache::Writeback,
+        },
+    };
     let stream = |name, about, format, slow| Workload {
         name,
         about,
@@ -112,6 +128,8 @@ pub(crate) fn all() -> Vec<Workload> {
         near("vhost-raw-write-32", "4k random writes in place, raw", VhostUser, Raw, Write, 32),
         near("vhost-qed-write-32", "4k random writes in place, allocated QED", VhostUser, Qed, Write, 32),
         allocating("vhost-qed-alloc-32", "4k random writes that allocate, QED with backing file", VhostUser),
+        cached("nbd-qed-alloc-32-writeback", "the same through the page cache, over NBD", Nbd),
+        cached("vhost-qed-alloc-32-writeback", "the same through the page cache", VhostUser),
         random(
             "nbd-qcow2-alloc-32",
             "4k random writes that allocate, QCOW2 with backing file, over NBD",
@@ -147,13 +165,13 @@ impl Workload {
                 stream(side, files, &slow.file, format)
             }
             Work::Tool(tool) => tool.measure(side, files),
-            Work::Random { export, image, op, pattern, depth } => {
+            Work::Random { export, image, op, pattern, depth, cache } => {
                 let disk = match image {
-                    Image::Raw => Disk { top: files.disk_raw(), format: "raw", base: None },
-                    Image::Qed => Disk { top: files.disk_qed(), format: "qed", base: None },
+                    Image::Raw => Disk { top: files.disk_raw(), format: "raw", base: None, cache },
+                    Image::Qed => Disk { top: files.disk_qed(), format: "qed", base: None, cache },
                     Image::Overlay | Image::Qcow2Overlay => {
                         let format = if image == Image::Overlay { "qed" } else { "qcow2" };
-                        Disk { top: files.fresh(&files.base(), format)?, format, base: Some(files.base()) }
+                        Disk { top: files.fresh(&files.base(), format)?, format, base: Some(files.base()), cache }
                     }
                 };
                 let server = side.serve(&disk, export)?;
@@ -195,7 +213,7 @@ fn random(
 
 fn stream(side: Side, files: &Files, base: &std::path::Path, format: &'static str) -> Result<Sample> {
     let size = std::fs::metadata(base)?.len();
-    let disk = Disk { top: files.fresh(base, format)?, format, base: Some(base.to_path_buf()) };
+    let disk = Disk { top: files.fresh(base, format)?, format, base: Some(base.to_path_buf()), cache: Cache::None };
     let server = side.serve(&disk, Export::Nbd)?;
     let mut qmp = server.qmp()?;
     let before = server.cpu()?;
