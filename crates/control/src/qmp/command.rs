@@ -88,6 +88,9 @@ const NODE: &[Member] = &[
     may("detect-zeroes", Kind::Text),
 ];
 
+/// What a node is changed to; each driver takes more of its own.
+const NODE_AGAIN: &[Member] = &[needs("driver", Kind::Text), may("node-name", Kind::Text)];
+
 const MODE: Kind = Kind::Word(&["safe", "hard"]);
 
 /// Every command, in the order `query-commands` lists them.
@@ -127,6 +130,7 @@ const COMMANDS: &[Command] = &[
     command("query-block-jobs", &[], LIST, run!(jobs::query_block_jobs)),
     command("query-jobs", &[], LIST, run!(jobs::query_jobs)),
     open("blockdev-add", NODE, NOTHING, run!(nodes::add)),
+    command("blockdev-reopen", &[needs("options", Kind::List(&Kind::Open(NODE_AGAIN)))], NOTHING, run!(nodes::reopen)),
     command("blockdev-del", &[needs("node-name", Kind::Text)], NOTHING, run!(nodes::remove)),
     command(
         "block_resize",

@@ -14,6 +14,30 @@ pub(crate) async fn add(engine: &Engine, arguments: Arguments) -> Result<Value, 
     Ok(json!({}))
 }
 
+/// `blockdev-reopen`.
+pub(crate) async fn reopen(engine: &Engine, mut arguments: Arguments) -> Result<Value, Failure> {
+    let mut trees = Vec::new();
+    for (at, tree) in arguments.list("options")?.into_iter().enumerate() {
+        let Value::Object(tree) = tree else {
+            return Err(super::arguments::wrong_type(&format!("options[{at}]"), "object"));
+        };
+        let of = |name: &str| super::arguments::missing(&format!("options[{at}].{name}"));
+        let driver = tree.get("driver").and_then(Value::as_str).ok_or_else(|| of("driver"))?;
+        let needs_file = image::Format::from_name(driver).is_some() || matches!(driver, "throttle" | "copy-on-read");
+        // In parts, as command lines have it, it is there, too.
+        if needs_file && !tree.keys().any(|key| key == "file" || key.starts_with("file.")) {
+            return Err(of("file"));
+        }
+        if driver == "file" && !tree.contains_key("filename") {
+            return Err(of("filename"));
+        }
+        trees.push(tree);
+    }
+    arguments.end()?;
+    engine.on_nodes(move |shard| async move { Ok(shard.graph().reopen(trees).await?) }).await?;
+    Ok(json!({}))
+}
+
 /// `blockdev-del`.
 pub(crate) async fn remove(engine: &Engine, mut arguments: Arguments) -> Result<Value, Failure> {
     let name = arguments.needed_string("node-name")?;

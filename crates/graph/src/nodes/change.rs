@@ -167,7 +167,7 @@ impl Change<'_> {
             super::create::overlay(file, &CreateOptions { backing, ..CreateOptions::new(kind, size) }).await?;
         }
         let tree = json!({
-            "driver": format, "node-name": node, "backing": null, "discard": if old.discard { "unmap" } else { "ignore" },
+            "driver": format, "node-name": node, "backing": null, "discard": if old.discard.get() { "unmap" } else { "ignore" },
             "file": { "driver": "file", "filename": file },
         });
         let Value::Object(tree) = tree else { return Err(wrong("no tree")) };
@@ -215,7 +215,7 @@ impl Change<'_> {
         for Stopped { disk, mut drained, at } in stopped {
             let (size, options) = (disk.size(), drained.options());
             match graph.chain(&at).await {
-                Ok(layers) => drained.put(layers, DiskOptions { discard: at.discard, ..options }),
+                Ok(layers) => drained.put(layers, DiskOptions { discard: at.discard.get(), ..options }),
                 Err(error) => outcome = outcome.and(Err(error)),
             }
             drop(drained);

@@ -317,7 +317,7 @@ impl Graph {
         commit.into.close().await?;
         commit.source.close().await?;
         let layers = self.chain(base).await?;
-        let options = DiskOptions { discard: base.discard, ..drained.options() };
+        let options = DiskOptions { discard: base.discard.get(), ..drained.options() };
         let above = self.users_above(active);
         self.move_users(active, base, &above);
         base.frozen.set(false);

@@ -130,7 +130,7 @@ impl Graph {
             disk.set_copy_on_read(true);
             disk
         } else {
-            let options = DiskOptions { discard: node.discard, ..DiskOptions::default() };
+            let options = DiskOptions { discard: node.discard.get(), ..DiskOptions::default() };
             Disk::new(&node.name, self.chain(node).await?, options)
         };
         *node.disk.borrow_mut() = Some(Rc::clone(&disk));

@@ -2,7 +2,7 @@
 //!
 //! `open` opens what a node stands for; `disks` gives a node to those who use it; `info` says what it is; `change` puts overlays
 //! on nodes that are in use; `commit` takes layers away from under those who use them;
-//! `create` makes images in nodes.
+//! `create` makes images in nodes; `reopen` changes what can be changed of them.
 //!
 //! # Invariants
 //! * A node is opened for reading when it is added. It is opened for writing when somebody first wants to write: so a file that is only
@@ -17,6 +17,7 @@ mod create;
 mod disks;
 mod info;
 mod open;
+mod reopen;
 
 pub use change::{Change, Overlay};
 pub use commit::{CommitWish, Committing};
@@ -76,7 +77,10 @@ pub(crate) struct GraphNode {
     driver: String,
     /// The name of its file as its user wrote it.
     meaning: Node,
-    discard: bool,
+    /// What can be changed of it: how files are opened, and the throttle group.
+    how: Cell<How>,
+    group: RefCell<Option<String>>,
+    discard: Cell<bool>,
     /// A disk above it closes it when a stream lets go of it: only a header names it.
     own: bool,
     /// Goes when nobody uses it any more: no user has made it a node of his own.
@@ -113,10 +117,7 @@ impl GraphNode {
     }
 
     fn how(&self) -> How {
-        match &self.meaning {
-            Node::File { how, .. } | Node::Format { how, .. } => *how,
-            _ => How::default(),
-        }
+        self.how.get()
     }
 
     /// Whether nobody may write to it.
@@ -265,7 +266,9 @@ impl Graph {
             name,
             implicit,
             driver,
-            discard,
+            how: Cell::new(meaning.how()),
+            group: RefCell::new(meaning.group()),
+            discard: Cell::new(discard),
             own,
             fleeting: Cell::new(false),
             frozen: Cell::new(false),

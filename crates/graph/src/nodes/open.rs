@@ -37,10 +37,11 @@ impl Graph {
         match &node.meaning {
             Node::File { .. } | Node::Null { .. } | Node::Nbd(_) => {
                 let mut meaning = node.meaning.clone();
-                if let Node::File { how, .. } = &mut meaning
-                    && node.lifted.get()
-                {
-                    how.read_only = None;
+                if let Node::File { how, .. } = &mut meaning {
+                    *how = node.how();
+                    if node.lifted.get() {
+                        how.read_only = None;
+                    }
                 }
                 let store = self.sources.node(meaning, &node.name, !writable, false, how).await?;
                 *node.store.borrow_mut() = Some(store);
@@ -49,8 +50,9 @@ impl Graph {
                 let below = self.bytes_of(node, "image", writable).await?;
                 *node.store.borrow_mut() = Some(DebugStore::new(below, rules.clone()));
             }
-            Node::Throttle { group, .. } => {
-                let group = self.sources.objects().group(group)?;
+            Node::Throttle { .. } => {
+                let group = node.group.borrow().clone().unwrap_or_default();
+                let group = self.sources.objects().group(&group)?;
                 let below = self.bytes_of(node, "file", writable).await?;
                 *node.store.borrow_mut() = Some(ThrottleStore::new(below, group));
             }
@@ -267,8 +269,10 @@ fn implicit_image(layer: Layer) -> (Rc<GraphNode>, Rc<GraphNode>) {
             name,
             implicit: true,
             driver: driver.to_owned(),
+            how: Cell::new(meaning.how()),
+            group: RefCell::default(),
             meaning,
-            discard: false,
+            discard: Cell::new(false),
             own: true,
             fleeting: Cell::new(false),
             frozen: Cell::new(false),
