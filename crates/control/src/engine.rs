@@ -52,6 +52,15 @@ pub struct Stamped {
 pub enum Happening {
     /// To a job.
     Job(Event),
+    /// Something was written behind a mark.
+    WriteThreshold {
+        /// The node that has the mark.
+        node: String,
+        /// Where it was.
+        threshold: u64,
+        /// By how many bytes it was passed.
+        exceeded: u64,
+    },
     /// An export is gone.
     ExportDeleted {
         /// Which.

@@ -96,6 +96,7 @@ impl ShardState {
         let (gone, kept) = self.exports.take().into_iter().partition(|export| matches!(export.door, Door::Nbd(_)));
         *self.exports.borrow_mut() = kept;
         self.tell_gone(gone);
+        self.graph().sweep().await;
         Ok(())
     }
 
@@ -117,6 +118,9 @@ impl ShardState {
         let server = self.nbd_server.borrow().clone();
         if matches!(spec.door, DoorSpec::Nbd { .. }) && server.is_none() {
             return Err(no_server());
+        }
+        if spec.writable && self.graph().is_read_only(&spec.node) {
+            return Err(Failure::generic("Cannot export read-only node as writable"));
         }
         let hold = self.graph().take(&spec.node, spec.writable).await?;
         let disk: Rc<Disk> = Rc::clone(hold.disk());
@@ -165,6 +169,7 @@ impl ShardState {
             (Door::VhostUser(server), _) => server.stop().await,
         }
         self.tell_gone(vec![export]);
+        self.graph().sweep().await;
         Ok(())
     }
 
@@ -189,7 +194,7 @@ impl ShardState {
                 Door::Nbd(_) => "nbd",
                 Door::VhostUser(_) => "vhost-user-blk",
             },
-            node: export.hold.node().to_owned(),
+            node: self.graph().shown_name(export.hold.node()),
         };
         exports.iter().rev().map(info).collect()
     }

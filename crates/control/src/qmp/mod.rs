@@ -9,6 +9,8 @@
 
 mod arguments;
 mod command;
+mod commit;
+mod create;
 mod event;
 mod exports;
 mod jobs;
@@ -16,6 +18,7 @@ mod nodes;
 mod place;
 mod query;
 mod schema;
+mod snapshots;
 
 pub(crate) use command::{described, knows, names, run, version};
 pub(crate) use event::message as event_message;
