@@ -24,7 +24,9 @@ pub mod random;
 pub mod script;
 pub mod sides;
 pub mod storage;
+pub mod twins;
 pub mod vhost;
+pub mod writer;
 
 /// Whatever went wrong, in words for the reader of a failed test.
 pub type Error = Box<dyn std::error::Error + Send + Sync>;

@@ -19,6 +19,8 @@ pub struct ExportSpec {
     pub node: String,
     /// Clients may write.
     pub writable: bool,
+    /// What they write is durable before they hear of it.
+    pub write_through: bool,
     /// By which door.
     pub door: DoorSpec,
 }
@@ -66,15 +68,25 @@ pub struct ExportInfo {
 }
 
 impl ShardState {
-    /// Starts the NBD server that exports are offered on; returns the address in use.
-    pub async fn start_nbd_server(&self, address: Address) -> Result<Address, Failure> {
+    /// Starts the NBD server that exports are offered on, to `most` clients at once (0: any number). With `held` they wait until
+    /// [`ShardState::admit_nbd_clients`]. Returns the address in use.
+    pub async fn start_nbd_server(&self, address: Address, most: u32, held: bool) -> Result<Address, Failure> {
         if self.nbd_server.borrow().is_some() {
             return Err(Failure::generic("NBD server already running"));
         }
         let server = NbdServer::start(address, Vec::new()).await?;
+        server.limit_clients(most);
+        server.hold(held);
         let address = server.address().clone();
         *self.nbd_server.borrow_mut() = Some(Rc::new(server));
         Ok(address)
+    }
+
+    /// Everything that was to be offered is.
+    pub fn admit_nbd_clients(&self) {
+        if let Some(server) = &*self.nbd_server.borrow() {
+            server.hold(false);
+        }
     }
 
     /// Ends it, and with it what is offered on it.
@@ -84,6 +96,7 @@ impl ShardState {
         let (gone, kept) = self.exports.take().into_iter().partition(|export| matches!(export.door, Door::Nbd(_)));
         *self.exports.borrow_mut() = kept;
         self.tell_gone(gone);
+        self.graph().sweep().await;
         Ok(())
     }
 
@@ -106,6 +119,9 @@ impl ShardState {
         if matches!(spec.door, DoorSpec::Nbd { .. }) && server.is_none() {
             return Err(no_server());
         }
+        if spec.writable && self.graph().is_read_only(&spec.node) {
+            return Err(Failure::generic("Cannot export read-only node as writable"));
+        }
         let hold = self.graph().take(&spec.node, spec.writable).await?;
         let disk: Rc<Disk> = Rc::clone(hold.disk());
         let door = match (spec.door, server) {
@@ -115,13 +131,15 @@ impl ShardState {
                 if self.exports.borrow().iter().any(taken) {
                     return Err(Failure::generic(format!("NBD server already has export named '{name}'")));
                 }
-                server.add(NbdExport { name: name.clone(), description, disk, read_only: !spec.writable })?;
+                let (read_only, write_through) = (!spec.writable, spec.write_through);
+                server.add(NbdExport { name: name.clone(), description, disk, read_only, write_through })?;
                 Door::Nbd(name)
             }
             (DoorSpec::Nbd { .. }, None) => return Err(no_server()),
             (DoorSpec::VhostUser { socket, queues }, _) => {
                 let serial = spec.node.chars().filter(char::is_ascii).take(20).collect();
-                let export = VhostUserExport { socket, disk, read_only: !spec.writable, queues, serial };
+                let (read_only, write_through) = (!spec.writable, spec.write_through);
+                let export = VhostUserExport { socket, disk, read_only, write_through, queues, serial };
                 Door::VhostUser(Rc::new(VhostUserServer::start(export).await?))
             }
         };
@@ -151,6 +169,7 @@ impl ShardState {
             (Door::VhostUser(server), _) => server.stop().await,
         }
         self.tell_gone(vec![export]);
+        self.graph().sweep().await;
         Ok(())
     }
 
@@ -175,7 +194,7 @@ impl ShardState {
                 Door::Nbd(_) => "nbd",
                 Door::VhostUser(_) => "vhost-user-blk",
             },
-            node: export.hold.node().to_owned(),
+            node: self.graph().shown_name(export.hold.node()),
         };
         exports.iter().rev().map(info).collect()
     }

@@ -3,6 +3,7 @@
 //! Opening what a header names is a decision about somebody else's string, so it goes through an [`Opener`].
 
 use crate::names::{self, Name};
+use crate::threshold::Thresholds;
 use futures_util::future::LocalBoxFuture;
 use image::{BackingRef, Companions, Error, ErrorKind, Format, Image, OpenOptions, Result, Surroundings};
 use std::collections::HashSet;
@@ -27,12 +28,14 @@ pub struct Layer {
     pub lent: bool,
     /// Nothing lies below, whatever its header says: so its user said.
     pub bottom: bool,
+    /// Marks that writes to it may pass.
+    pub thresholds: Option<Thresholds>,
 }
 
 impl Layer {
     /// The disk's own, with what its header says below it.
     pub fn new(node: impl Into<String>, name: impl Into<String>, image: Rc<dyn Image>) -> Self {
-        Self { node: node.into(), name: name.into(), image, lent: false, bottom: false }
+        Self { node: node.into(), name: name.into(), image, lent: false, bottom: false, thresholds: None }
     }
 }
 
@@ -168,6 +171,27 @@ pub fn resolve(name: &str, referrer: &str) -> String {
         Name::Local(local) => names::resolve(local, Some(referrer)).to_string_lossy().into_owned(),
         Name::Remote(_) => name.to_owned(),
     }
+}
+
+/// How the image `above` is to name the file `below` as its backing file: as it is called, where that means the same seen from
+/// `above`, else by its whole path.
+pub async fn express(below: &str, above: &str) -> String {
+    let means_the_same = match names::parse(below) {
+        Name::Remote(_) => true,
+        Name::Local(path) => std::path::Path::new(path).is_absolute() || names::same_folder(above, below),
+    };
+    if means_the_same {
+        // A relative name is relative to the folder of the image that holds it.
+        return match names::parse(below) {
+            Name::Local(path) if !std::path::Path::new(path).is_absolute() => {
+                let path = std::path::Path::new(path);
+                path.file_name().map_or_else(|| below.to_owned(), |name| name.to_string_lossy().into_owned())
+            }
+            _ => below.to_owned(),
+        };
+    }
+    let (below, above) = (below.to_owned(), above.to_owned());
+    ring::unblock(move || names::express(&below, &above)).await
 }
 
 async fn open_file(name: &str, referrer: Option<&str>, options: store::file::OpenOptions) -> Result<Rc<dyn Store>> {

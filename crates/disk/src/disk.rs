@@ -10,11 +10,12 @@ use crate::locks::RangeLocks;
 use crate::populate::Publishing;
 use crate::read::Drops;
 use crate::stats::Counters;
+use crate::threshold::Thresholds;
 use crate::view::View;
 use crate::{DiskOptions, Layer};
 use image::{Error, ErrorKind, Image, Result};
 use layout::{GuestOffset, GuestRange};
-use ring::sync::{Mutex, Semaphore};
+use ring::sync::{Event, Mutex, Semaphore};
 use std::cell::{Cell, RefCell};
 use std::rc::Rc;
 
@@ -27,23 +28,41 @@ const POPULATE_BYTES: usize = 64 << 20;
 /// what queues of usual depth need; it bounds partial writes into clusters of 64 MiB.
 const FILL_BYTES: usize = 128 << 20;
 
-/// The state of one disk.
+/// What belongs to a disk whatever chain it is over. Clones share it.
+#[derive(Clone, Default)]
+pub(crate) struct Kept {
+    pub(crate) counters: Rc<Counters>,
+    /// Operations that take mappings away, in any layer that is written to.
+    pub(crate) drops: Rc<Drops>,
+    /// A layer below the top is written to, too (a commit): its mappings may change while a read looks at them.
+    pub(crate) changes_below: Rc<Cell<bool>>,
+    /// A commit of tables has ended well.
+    pub(crate) settled: Event,
+    /// The job that has the disk.
+    pub(crate) claim: Rc<RefCell<Option<String>>>,
+    /// Who else shows the layers that a stream lets go of.
+    pub(crate) sharers: Rc<RefCell<Option<Sharers>>>,
+}
+
+/// The state of one disk over one chain.
 pub(crate) struct Inner {
     pub(crate) name: String,
     pub(crate) options: Cell<DiskOptions>,
-    /// The top image: the same for as long as the disk lives.
+    /// The top image: the same for as long as this lives.
     pub(crate) top: Rc<dyn Image>,
     pub(crate) unit: u64,
     view: RefCell<Rc<View>>,
     pub(crate) gate: Gate,
     pub(crate) jitter: Jitter,
     pub(crate) locks: RangeLocks,
-    pub(crate) drops: Drops,
+    pub(crate) drops: Rc<Drops>,
     pub(crate) fetches: Fetches,
     pub(crate) publishing: Publishing,
     pub(crate) flusher: Flusher,
     pub(crate) background: Background,
-    pub(crate) counters: Counters,
+    pub(crate) counters: Rc<Counters>,
+    pub(crate) kept: Kept,
+    pub(crate) thresholds: Option<Thresholds>,
     pub(crate) copy_on_read_budget: Semaphore,
     pub(crate) populate_budget: Semaphore,
     /// Sharing extents with what lies below was not found to be impossible yet.
@@ -53,19 +72,14 @@ pub(crate) struct Inner {
     pub(crate) reshaping: Mutex<()>,
     /// The lowest layer names another that was not opened: what it does not have is unknown.
     incomplete: bool,
-    /// How closing ended.
-    pub(crate) closed: Mutex<Option<Result<()>>>,
-    /// The job that has the disk.
-    pub(crate) claim: RefCell<Option<String>>,
-    /// Who else shows the layers that a stream lets go of.
-    pub(crate) sharers: RefCell<Option<Sharers>>,
 }
 
 impl Inner {
-    pub(crate) fn new(name: &str, chain: Vec<Layer>, options: DiskOptions) -> Rc<Self> {
+    pub(crate) fn new(name: &str, chain: Vec<Layer>, options: DiskOptions, kept: Kept) -> Rc<Self> {
         assert!(!chain.is_empty(), "a chain has a top");
         let view = View::new(chain);
         let top = Rc::clone(view.image(0));
+        let thresholds = view.layers[0].thresholds.clone();
         let incomplete = view.layers.last().is_some_and(|last| !last.bottom && last.image.backing().is_some());
         Rc::new(Self {
             name: name.to_owned(),
@@ -76,21 +90,20 @@ impl Inner {
             gate: Gate::default(),
             jitter: Jitter::default(),
             locks: RangeLocks::default(),
-            drops: Drops::default(),
+            drops: Rc::clone(&kept.drops),
             fetches: Fetches::default(),
             publishing: Publishing::default(),
-            flusher: Flusher::default(),
+            flusher: Flusher::new(kept.settled.clone()),
             background: Background::default(),
-            counters: Counters::default(),
+            counters: Rc::clone(&kept.counters),
+            kept,
+            thresholds,
             copy_on_read_budget: Semaphore::new(COPY_ON_READ_BYTES),
             populate_budget: Semaphore::new(POPULATE_BYTES),
             may_share: Cell::new(true),
             fill_budget: Semaphore::new(FILL_BYTES),
             reshaping: Mutex::new(()),
             incomplete,
-            closed: Mutex::new(None),
-            claim: RefCell::new(None),
-            sharers: RefCell::new(None),
         })
     }
 
@@ -105,8 +118,8 @@ impl Inner {
     }
 
     /// Lets a request in.
-    pub(crate) async fn enter(&self) -> Result<Inside> {
-        self.gate.admitted().await.ok_or_else(|| self.refuse(ErrorKind::Busy, "the disk is closed"))
+    pub(crate) fn enter(&self) -> Result<Inside> {
+        self.gate.enter().ok_or_else(|| self.refuse(ErrorKind::Busy, "the disk is closed"))
     }
 
     /// An error of this disk.
@@ -142,9 +155,33 @@ impl Inner {
         }
     }
 
+    /// A guest writes to `range`.
+    pub(crate) fn reaches(&self, range: GuestRange) {
+        if let Some(thresholds) = &self.thresholds {
+            thresholds.node.reaches(range.end().get());
+        }
+    }
+
     /// The part of `range` that lies on the disk.
     pub(crate) fn clip(&self, range: GuestRange) -> GuestRange {
         range.intersect(GuestRange::between(GuestOffset::ZERO, GuestOffset(self.top.size())))
+    }
+
+    /// Settles and closes the layers that are the disk's own (none, with `all_lent`). Nothing is inside. The first failure is
+    /// reported.
+    pub(crate) async fn close_layers(&self, all_lent: bool) -> Result<()> {
+        let mut outcome = Ok(());
+        for (depth, layer) in self.view().layers.iter().enumerate() {
+            let ended = if !layer.lent && !all_lent {
+                layer.image.close().await
+            } else if depth == 0 && !layer.image.read_only() && layer.image.poisoned().is_none() {
+                layer.image.settle().await
+            } else {
+                Ok(())
+            };
+            outcome = outcome.and(ended);
+        }
+        outcome
     }
 
     /// A guest's request that asks layers below: held while a source does not answer.

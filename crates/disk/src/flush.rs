@@ -46,6 +46,11 @@ pub(crate) struct Flusher {
 }
 
 impl Flusher {
+    /// Tells `settled` of every commit that has ended well.
+    pub(crate) fn new(settled: Event) -> Self {
+        Self { settled, ..Self::default() }
+    }
+
     /// Something was written (or zeroed, or linked) and has completed.
     pub(crate) fn changed(&self) {
         self.changes.set(self.changes.get() + 1);

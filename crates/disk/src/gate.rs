@@ -1,8 +1,7 @@
 //! Who is inside a disk: guest requests, a job's requests, and work that goes on behind them.
 //!
 //! **Invariant.** Once the gate is closed no request enters, and when [`Gate::empty`] returns nothing of the disk runs any
-//! more: whatever a request leaves running behind it (a fetch, a commit) is counted too. While it is paused requests wait in
-//! front of it, in the order they came.
+//! more: whatever a request leaves running behind it (a fetch, a commit) is counted too.
 
 use ring::sync::Event;
 use std::cell::Cell;
@@ -14,9 +13,6 @@ struct State {
     closed: Cell<bool>,
     left: Event,
     closing: Event,
-    /// How many want nobody to enter now.
-    paused: Cell<usize>,
-    resumed: Event,
 }
 
 /// Counts who is inside. Clones share the count.
@@ -30,36 +26,7 @@ pub(crate) struct Inside {
     state: Rc<State>,
 }
 
-/// Nobody enters until this is dropped.
-pub(crate) struct Paused {
-    state: Rc<State>,
-}
-
-impl Drop for Paused {
-    fn drop(&mut self) {
-        let paused = self.state.paused.get() - 1;
-        self.state.paused.set(paused);
-        if paused == 0 {
-            self.state.resumed.notify_all();
-        }
-    }
-}
-
 impl Gate {
-    /// Lets requests wait outside.
-    pub(crate) fn pause(&self) -> Paused {
-        self.state.paused.set(self.state.paused.get() + 1);
-        Paused { state: Rc::clone(&self.state) }
-    }
-
-    /// [`Gate::enter`], when it is not paused.
-    pub(crate) async fn admitted(&self) -> Option<Inside> {
-        while self.state.paused.get() > 0 && !self.is_closed() {
-            self.state.resumed.wait().await;
-        }
-        self.enter()
-    }
-
     /// Lets a request in; `None` once closed.
     pub(crate) fn enter(&self) -> Option<Inside> {
         if self.is_closed() {
@@ -83,7 +50,6 @@ impl Gate {
     pub(crate) fn close(&self) {
         self.state.closed.set(true);
         self.state.closing.notify_all();
-        self.state.resumed.notify_all();
     }
 
     /// Waits until the gate is closed.

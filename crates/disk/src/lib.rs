@@ -14,6 +14,8 @@
 pub mod chain;
 
 mod background;
+mod carry;
+mod dirty;
 mod disk;
 mod exchange;
 mod fetch;
@@ -27,22 +29,28 @@ mod pieces;
 mod populate;
 mod read;
 mod resize;
+mod root;
 mod shield;
 mod stacked;
 mod stats;
 mod status;
 mod stream;
+mod threshold;
 mod view;
 mod write;
 mod zero;
 
 pub use chain::{Below, ChainOptions, FileOpener, Layer, Opened, Opener};
-pub use exchange::{LetGo, Quiet, Sharers};
+pub use dirty::Dirty;
+pub use exchange::{LetGo, Sharers};
 pub use image::{Error, ErrorKind, Result};
+pub use root::Drained;
 pub use stacked::DiskStore;
 pub use stream::{Claim, Copied, Missing, StreamBase};
+pub use threshold::{Threshold, Thresholds, Told};
 
-use crate::disk::Inner;
+use crate::disk::{Inner, Kept};
+use crate::root::Root;
 use crate::shield::shield;
 use crate::stats::Request;
 use layout::{GuestOffset, GuestRange};
@@ -126,53 +134,54 @@ pub struct Stats {
 /// leaves_its_thread::<headwater_disk::Disk>();
 /// ```
 pub struct Disk {
-    inner: Rc<Inner>,
+    root: Rc<Root>,
 }
 
 impl Disk {
     /// Puts a disk over an opened chain (top first, not empty).
     pub fn new(name: &str, chain: Vec<Layer>, options: DiskOptions) -> Rc<Self> {
-        Rc::new(Self { inner: Inner::new(name, chain, options) })
+        Rc::new(Self { root: Root::new(name, Inner::new(name, chain, options, Kept::default())) })
     }
 
     /// Its name (`device` in QMP).
     pub fn name(&self) -> &str {
-        &self.inner.name
+        self.root.name()
     }
 
     /// Size in bytes.
     pub fn size(&self) -> u64 {
-        self.inner.top.size()
+        self.root.now().top.size()
     }
 
     /// Whether guests may not write: the top was opened read-only, or without the backing file it names.
     pub fn read_only(&self) -> bool {
-        self.inner.read_only()
+        self.root.now().read_only()
     }
 
     /// How it behaves now.
     pub fn options(&self) -> DiskOptions {
-        self.inner.options.get()
+        self.root.now().options.get()
     }
 
     /// Turns copy-on-read on or off.
     pub fn set_copy_on_read(&self, on: bool) {
-        self.inner.options.set(DiskOptions { copy_on_read: on, ..self.inner.options.get() });
+        let inner = self.root.now();
+        inner.options.set(DiskOptions { copy_on_read: on, ..inner.options.get() });
     }
 
     /// Alignment (bytes, a power of two) below which requests cost a read-modify-write.
     pub fn request_alignment(&self) -> u32 {
-        self.inner.top.store().limits().offset_align
+        self.root.now().top.store().limits().offset_align
     }
 
     /// The layers now, top first.
     pub fn chain(&self) -> Rc<[Layer]> {
-        Rc::clone(&self.inner.view().layers)
+        Rc::clone(&self.root.now().view().layers)
     }
 
     /// Counters.
     pub fn stats(&self) -> Stats {
-        self.inner.counters.get()
+        self.root.now().counters.get()
     }
 
     /// Reads `into.len()` bytes at `at`. Any alignment. Past the end: [`ErrorKind::InvalidArgument`]. While a source below
@@ -180,9 +189,7 @@ impl Disk {
     pub async fn read(&self, at: GuestOffset, into: Iov) -> Result<()> {
         let len = into.len() as u64;
         self.counted(Request::Read, "read", at, len, async {
-            let _inside = self.inner.enter().await?;
-            let range = self.inner.check_range(at, len)?;
-            self.inner.read(range, into).await
+            self.root.inside(async |inner| inner.read(inner.check_range(at, len)?, into.clone()).await).await
         })
         .await
     }
@@ -191,23 +198,17 @@ impl Disk {
     /// below so far, the rest is fetched (and held, as a read is).
     pub async fn write(&self, at: GuestOffset, from: Iov, fua: bool) -> Result<()> {
         let len = from.len() as u64;
-        let inner = Rc::clone(&self.inner);
-        let work = shield(async move {
-            let _inside = inner.enter().await?;
-            inner.check_writable()?;
-            let range = inner.check_range(at, len)?;
-            inner.write(range, from, fua).await
+        let work = self.change(at, len, async move |inner: &Rc<Inner>, range| {
+            inner.reaches(range);
+            inner.write(range, from.clone(), fua).await
         });
         self.counted(Request::Write, "write", at, len, work).await
     }
 
     /// Makes the range read as zeros; `unmap` allows giving space back.
     pub async fn write_zeroes(&self, range: GuestRange, unmap: bool, fua: bool) -> Result<()> {
-        let inner = Rc::clone(&self.inner);
-        let work = shield(async move {
-            let _inside = inner.enter().await?;
-            inner.check_writable()?;
-            let range = inner.check_range(range.start(), range.len())?;
+        let work = self.change(range.start(), range.len(), async move |inner: &Rc<Inner>, range| {
+            inner.reaches(range);
             inner.write_zeroes(range, unmap, fua).await
         });
         self.counted(Request::Write, "write zeroes", range.start(), range.len(), work).await
@@ -216,21 +217,15 @@ impl Disk {
     /// Gives the space of whole clusters back; they read as zeros afterwards (what lies below never shows through again);
     /// parts of clusters are left as they are. A hint: without [`DiskOptions::discard`] nothing happens.
     pub async fn discard(&self, range: GuestRange) -> Result<()> {
-        let inner = Rc::clone(&self.inner);
-        let work = shield(async move {
-            let _inside = inner.enter().await?;
-            inner.check_writable()?;
-            let range = inner.check_range(range.start(), range.len())?;
-            inner.discard(range).await
-        });
+        let work =
+            self.change(range.start(), range.len(), async move |inner: &Rc<Inner>, range| inner.discard(range).await);
         self.counted(Request::Unmap, "discard", range.start(), range.len(), work).await
     }
 
     /// Makes every completed write durable. Concurrent flushes share barriers. Allowed on a read-only disk.
     pub async fn flush(&self) -> Result<()> {
         self.counted(Request::Flush, "flush", GuestOffset::ZERO, 0, async {
-            let _inside = self.inner.enter().await?;
-            self.inner.commit().await
+            self.root.inside(async |inner| inner.commit().await).await
         })
         .await
     }
@@ -238,26 +233,29 @@ impl Disk {
     /// Whether a write that was answered would be lost if this *process* ended now: bytes in the page cache survive that,
     /// tables that are changed in memory do not. (In a power cut everything since the last flush may be lost.)
     pub fn has_unsettled_writes(&self) -> bool {
-        self.inner.flusher.has_unsettled() && !self.inner.options.get().write_through
+        let inner = self.root.now();
+        inner.flusher.has_unsettled() && !inner.options.get().write_through
     }
 
     /// Ends when tables have been made durable the next time.
     pub fn settled(&self) -> impl Future<Output = ()> + use<> {
-        self.inner.flusher.settled.wait()
+        self.root.now().flusher.settled.wait()
     }
 
     /// The first run of `range` (not empty, within the disk), all alike. Held like a read while a source does not answer.
     pub async fn status(&self, range: GuestRange) -> Result<Status> {
-        let _inside = self.inner.enter().await?;
-        let range = self.inner.check_range(range.start(), range.len())?;
-        self.inner.held(async || self.inner.status(range).await).await
+        let status = async |inner: &Rc<Inner>| {
+            let range = inner.check_range(range.start(), range.len())?;
+            inner.held(async || inner.status(range).await).await
+        };
+        self.root.inside(status).await
     }
 
     /// Fetches what of `range` is not in the top image yet and keeps it there (NBD's cache request). Nothing happens where
     /// there is nothing to keep it in (a read-only disk).
     pub async fn prefetch(&self, range: GuestRange) -> Result<()> {
-        let range = self.inner.check_range(range.start(), range.len())?;
-        if !self.inner.read_only() {
+        let range = self.root.now().check_range(range.start(), range.len())?;
+        if !self.root.now().read_only() {
             self.populate(range, &StreamBase::Nothing).await?;
         }
         Ok(())
@@ -265,49 +263,49 @@ impl Disk {
 
     /// Grows the disk; what is new reads as zeros even over a longer backing file. [`ErrorKind::Busy`] while a job runs.
     pub async fn resize(&self, size: u64) -> Result<()> {
-        let inner = Rc::clone(&self.inner);
-        shield(async move {
-            let _inside = inner.enter().await?;
-            inner.resize(size).await
-        })
-        .await
+        let root = Rc::clone(&self.root);
+        shield(async move { root.inside(async |inner| inner.resize(size).await).await }).await
     }
 
     /// Waits for guest requests in flight, stops background work, settles and closes every layer. Further requests fail.
     /// Requests that are held for want of a source fail with its error. The first failure is reported; all is closed anyway.
     pub async fn close(&self) -> Result<()> {
-        self.end(false).await
+        let root = Rc::clone(&self.root);
+        shield(async move { root.close(false).await }).await
     }
 
     /// [`Disk::close`], but every layer stays open, as if all of them were lent.
     pub async fn retire(&self) -> Result<()> {
-        self.end(true).await
+        let root = Rc::clone(&self.root);
+        shield(async move { root.close(true).await }).await
     }
 
-    async fn end(&self, all_lent: bool) -> Result<()> {
-        let inner = Rc::clone(&self.inner);
+    /// Shuts the door: requests wait, and those inside have left when this returns. For whoever puts another chain in place.
+    /// Nobody else may wait for the disk meanwhile who holds what the caller needs.
+    pub async fn drain(&self) -> Result<Drained> {
+        Drained::of(&self.root).await
+    }
+
+    /// A guest's request that changes `len` bytes at `at`.
+    fn change(
+        &self,
+        at: GuestOffset,
+        len: u64,
+        work: impl AsyncFn(&Rc<Inner>, GuestRange) -> Result<()> + 'static,
+    ) -> shield::Shielded<Result<()>> {
+        let root = Rc::clone(&self.root);
         shield(async move {
-            inner.gate.close();
-            inner.gate.empty().await;
-            let mut closed = inner.closed.lock().await;
-            if let Some(outcome) = &*closed {
-                return outcome.clone();
-            }
-            let mut outcome = Ok(());
-            for (depth, layer) in inner.view().layers.iter().enumerate() {
-                let ended = if !layer.lent && !all_lent {
-                    layer.image.close().await
-                } else if depth == 0 && !layer.image.read_only() && layer.image.poisoned().is_none() {
-                    layer.image.settle().await
-                } else {
-                    Ok(())
-                };
-                outcome = outcome.and(ended);
-            }
-            *closed = Some(outcome.clone());
-            outcome
+            let work = async |inner: &Rc<Inner>| {
+                inner.check_writable()?;
+                let range = inner.check_range(at, len)?;
+                let done = work(inner, range).await;
+                // Whatever has become of it: what failed may have written something. And before it leaves: when nobody is
+                // inside any more, every change is marked.
+                root.changed(range);
+                done
+            };
+            root.inside(work).await
         })
-        .await
     }
 
     /// Runs a guest's request and counts it.
@@ -323,7 +321,7 @@ impl Disk {
         let disk = self.name();
         tracing::trace!(target: "disk_request", disk, what, %offset, bytes);
         let result = work.await;
-        self.inner.counters.ended(request, bytes, began, &result);
+        self.root.now().counters.ended(request, bytes, began, &result);
         match &result {
             Ok(()) => tracing::trace!(target: "disk_request_done", disk, what, %offset, bytes),
             Err(error) => tracing::trace!(target: "disk_request_failed", disk, what, %offset, bytes, %error),
@@ -338,18 +336,17 @@ impl Disk {
     /// nothing is left up to the disk's end. Holes below are skipped, except where `base` would show through. A long run may
     /// be handed out in several parts.
     pub async fn next_missing(&self, from: GuestOffset, base: &StreamBase) -> Result<Option<Missing>> {
-        let _inside = self.inner.enter().await?;
-        self.inner.next_missing(from, base).await
+        self.root.inside(async |inner| inner.next_missing(from, base).await).await
     }
 
     /// Brings `range` in from above `base`: fetch, detect zeros, write where still unallocated, link. Single-flight with
     /// copy-on-read. Not durable before the next flush. What guests are writing at that moment is waited for and looked at
     /// again. A source that does not answer is an error here ([`Error::is_unavailable`]).
     pub async fn populate(&self, range: GuestRange, base: &StreamBase) -> Result<Copied> {
-        let inner = Rc::clone(&self.inner);
+        let root = Rc::clone(&self.root);
         let base = base.clone();
         shield(async move {
-            let _inside = inner.enter().await?;
+            let (inner, _inside) = root.enter().await?;
             inner.check_writable()?;
             inner.populate(range, &base).await
         })
@@ -360,10 +357,10 @@ impl Disk {
     /// `backing_name` if given, else as it was known in the chain) or to nothing, durably; then the layers between are let
     /// go. Refuses ([`ErrorKind::Busy`]) if something is still missing above `base`.
     pub async fn finish_stream(&self, base: &StreamBase, backing_name: Option<&str>) -> Result<()> {
-        let inner = Rc::clone(&self.inner);
+        let root = Rc::clone(&self.root);
         let (base, backing_name) = (base.clone(), backing_name.map(str::to_owned));
         shield(async move {
-            let _inside = inner.enter().await?;
+            let (inner, _inside) = root.enter().await?;
             inner.check_writable()?;
             inner.finish_stream(&base, backing_name.as_deref()).await
         })
@@ -372,16 +369,60 @@ impl Disk {
 
     /// Finds a layer below the top by the name of its file (as recorded or as opened) or by its node name.
     pub fn find_base(&self, name: &str) -> Option<StreamBase> {
-        self.inner.find_base(name)
+        self.root.now().find_base(name)
+    }
+
+    /// The same disk as it looks from the layer `node` down, with every layer lent. While it is in use nobody else puts another
+    /// chain under this one. For whoever moves data between the layers ([`Disk::carry`]); see [`Disk::set_changes_below`].
+    pub fn from_layer(&self, node: &str) -> Option<Rc<Self>> {
+        let inner = self.root.now();
+        let view = inner.view();
+        let at = view.layers.iter().position(|layer| layer.node == node)?;
+        let layers = view.layers[at..].iter().map(|layer| Layer { lent: true, ..layer.clone() }).collect();
+        let kept = Kept {
+            drops: Rc::clone(&inner.kept.drops),
+            changes_below: Rc::clone(&inner.kept.changes_below),
+            ..Kept::default()
+        };
+        let options = DiskOptions { copy_on_read: false, write_through: false, discard: true };
+        Some(Rc::new(Self { root: Root::new(node, Inner::new(node, layers, options, kept)) }))
+    }
+
+    /// Says that a layer below the top is written to from now on, or no longer: so reads look twice.
+    pub fn set_changes_below(&self, on: bool) {
+        self.root.now().kept.changes_below.set(on);
+    }
+
+    /// Marks in `dirty` what guests change from now on.
+    pub fn watch(&self, dirty: &Rc<Dirty>) {
+        self.root.watch(dirty);
+    }
+
+    /// The first run at or after `from` of which a layer above the layer `base` says something: data, or zeros. What the base
+    /// shows already is none of it.
+    pub async fn next_above(&self, from: GuestOffset, base: &str) -> Result<Option<Missing>> {
+        let (inner, _inside) = self.root.enter().await?;
+        inner.next_above(GuestRange::between(from, GuestOffset(inner.top.size()).max(from)), base).await
+    }
+
+    /// Writes what the layers above `base` say of `range` to `into`, which is this disk from that layer down, and reads it back. Not
+    /// durable before `into` is flushed. A source that does not answer is an error here ([`Error::is_unavailable`]).
+    pub async fn carry(&self, range: GuestRange, base: &str, into: &Rc<Self>) -> Result<Copied> {
+        let (root, into, base) = (Rc::clone(&self.root), Rc::clone(into), base.to_owned());
+        shield(async move {
+            let (inner, _inside) = root.enter().await?;
+            inner.carry(range, &base, &into).await
+        })
+        .await
     }
 
     /// Whether a job has it.
     pub fn claimed(&self) -> bool {
-        self.inner.claim.borrow().is_some()
+        self.root.now().kept.claim.borrow().is_some()
     }
 
     /// Takes the disk for a job (one at a time); given back when the token is dropped. [`ErrorKind::Busy`] otherwise.
     pub fn claim(&self, job: &str) -> Result<Claim> {
-        Claim::take(&self.inner, job)
+        Claim::take(&self.root.now(), job)
     }
 }

@@ -1,7 +1,7 @@
 //! Reading: find where the bytes are, move them straight into the caller's memory.
 //!
 //! Reads hold no lock. What keeps them right:
-//! * Layers below the top never change.
+//! * Layers below the top never change, but for the one that a commit writes to; then they are looked up again as the top is.
 //! * In the top, a mapping to data changes only by a *drop* (zeroing, discarding, a write to what is packed or shared), and the
 //!   freed cluster may be written anew for another range while a slow read still looks at it. So a read that was in flight during a drop looks again before it
 //!   answers ([`Drops`]), and starts over if its mapping is another now.
@@ -62,7 +62,7 @@ enum Piece {
     /// From the top's store.
     Top { range: GuestRange, at: usize, host: HostOffset },
     /// From the store of a layer below.
-    Below { layer: usize, at: usize, len: usize, host: HostOffset },
+    Below { layer: usize, range: GuestRange, at: usize, host: HostOffset },
     /// Packed, in the store of a layer (the top is 0).
     Packed { layer: usize, range: GuestRange, at: usize },
     /// From the memory of a fetch.
@@ -101,9 +101,18 @@ impl Inner {
         Ok(now.is_some_and(|now| now.len == range.len() && now.mapping == Mapping::Packed))
     }
 
+    /// Whether `range` below the top is where it was found. Only while a commit writes to a layer below can it be elsewhere.
+    async fn is_below_still(&self, view: &View, range: GuestRange, found: Found, mark: Mark) -> Result<bool> {
+        if !self.kept.changes_below.get() || self.drops.none_since(mark) {
+            return Ok(true);
+        }
+        let now = view.resolve(1, view.depth(), range).await?;
+        Ok(now.len == range.len() && now.found == found)
+    }
+
     /// Plans the whole read, then moves its pieces. (Planning first keeps tables from being waited for while pieces of the
     /// same request stand still.)
-    async fn read_pieces(self: &Rc<Self>, range: GuestRange, into: &Iov) -> Result<()> {
+    pub(crate) async fn read_pieces(self: &Rc<Self>, range: GuestRange, into: &Iov) -> Result<()> {
         let view = self.view();
         let mark = self.drops.mark();
         let mut pieces = Pieces::new();
@@ -183,15 +192,22 @@ impl Inner {
                 }
                 Box::pin(self.read_pieces(range, &into)).await
             }
-            Piece::Below { layer, at, len, host } => {
-                view.image(layer).store().read(host, into.slice(at..at + len)).await?;
-                self.counters.fetched(len as u64);
-                Ok(())
+            Piece::Below { layer, range, at, host } => {
+                let into = into.slice(at..at + usize_of(range.len()));
+                view.image(layer).store().read(host, into.clone()).await?;
+                self.counters.fetched(range.len());
+                if self.is_below_still(view, range, Found::Data(layer, host), mark).await? {
+                    return Ok(());
+                }
+                Box::pin(self.read_below(view, range, &into)).await
             }
             Piece::Packed { layer, range, at } => {
                 let into = into.slice(at..at + usize_of(range.len()));
                 let unpacked = view.image(layer).unpack(range, into.clone()).await;
                 if layer > 0 {
+                    if !self.is_below_still(view, range, Found::Packed(layer), mark).await? {
+                        return Box::pin(self.read_below(view, range, &into)).await;
+                    }
                     unpacked?;
                     self.counters.fetched(range.len());
                     return Ok(());
@@ -220,10 +236,9 @@ impl Inner {
 
     /// Reads `range` as the layers below the top show it.
     pub(crate) async fn read_below(self: &Rc<Self>, view: &Rc<View>, range: GuestRange, into: &Iov) -> Result<()> {
+        let mark = self.drops.mark();
         let mut pieces = Pieces::new();
         plan_below(view, range, 0, into, &mut pieces).await?;
-        // No piece of the top: any mark does.
-        let mark = self.drops.mark();
         Box::pin(self.run_pieces(view, pieces, into, mark)).await
     }
 }
@@ -234,10 +249,10 @@ async fn plan_below(view: &View, run: GuestRange, at: usize, into: &Iov, pieces:
     while !rest.is_empty() {
         let at = at + usize_of(rest.start() - run.start());
         let below = view.resolve(1, view.depth(), rest).await?;
-        let len = usize_of(below.len);
+        let (range, len) = (rest.first(below.len), usize_of(below.len));
         match below.found {
-            Found::Data(layer, host) => pieces.push(Piece::Below { layer, at, len, host }),
-            Found::Packed(layer) => pieces.push(Piece::Packed { layer, range: rest.first(below.len), at }),
+            Found::Data(layer, host) => pieces.push(Piece::Below { layer, range, at, host }),
+            Found::Packed(layer) => pieces.push(Piece::Packed { layer, range, at }),
             Found::Zero(_) | Found::PastEnd(_) | Found::Nothing => into.slice(at..at + len).fill(0),
         }
         rest = rest.skip(below.len);

@@ -21,7 +21,7 @@ impl Inner {
     pub(crate) async fn resize(self: &Rc<Self>, size: u64) -> Result<()> {
         self.check_writable()?;
         let _reshaping = self.reshaping.lock().await;
-        if let Some(job) = &*self.claim.borrow() {
+        if let Some(job) = &*self.kept.claim.borrow() {
             return Err(self.refuse(ErrorKind::Busy, format!("it cannot be resized while job '{job}' runs")));
         }
         let old = self.top.size();

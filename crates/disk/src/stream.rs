@@ -14,6 +14,7 @@ use crate::view::View;
 use futures_util::FutureExt;
 use image::{BackingRef, ErrorKind, Result};
 use layout::{GuestOffset, GuestRange};
+use std::cell::RefCell;
 use std::path::Path;
 use std::rc::Rc;
 
@@ -49,23 +50,23 @@ pub struct Copied {
 
 /// A job's hold on a disk; given back when dropped.
 pub struct Claim {
-    inner: Rc<Inner>,
+    claim: Rc<RefCell<Option<String>>>,
 }
 
 impl Claim {
     pub(crate) fn take(inner: &Rc<Inner>, job: &str) -> Result<Self> {
-        let mut claim = inner.claim.borrow_mut();
+        let mut claim = inner.kept.claim.borrow_mut();
         if let Some(other) = &*claim {
             return Err(inner.refuse(ErrorKind::Busy, format!("job '{other}' works on disk '{}' already", inner.name)));
         }
         *claim = Some(job.to_owned());
-        Ok(Self { inner: Rc::clone(inner) })
+        Ok(Self { claim: Rc::clone(&inner.kept.claim) })
     }
 }
 
 impl Drop for Claim {
     fn drop(&mut self) {
-        self.inner.claim.borrow_mut().take();
+        self.claim.borrow_mut().take();
     }
 }
 
@@ -102,7 +103,7 @@ impl Inner {
             base.name = backing.name;
         }
         let let_go: Vec<_> = view.layers[1..above].iter().filter(|layer| !layer.lent).cloned().collect();
-        let sharers = self.sharers.borrow().clone();
+        let sharers = self.kept.sharers.borrow().clone();
         let others = sharers.map(|sharers| {
             let name = |layer: &crate::Layer| layer.node.clone();
             sharers(LetGo { top: name(&view.layers[0]), gone: view.layers[1..above].iter().map(name).collect() })

@@ -54,6 +54,9 @@ impl Inner {
     /// Writes to the top's store.
     pub(crate) async fn write_store(&self, host: HostOffset, from: Iov, through: bool) -> Result<()> {
         let range = HostRange::new(host, from.len() as u64);
+        if let Some(thresholds) = &self.thresholds {
+            thresholds.file.reaches(range.end().get());
+        }
         let result = self.top.store().write(host, from, through).await;
         self.counters.wrote(range);
         if !through || result.is_err() {

@@ -56,6 +56,33 @@ pub(crate) enum Node {
     Format { format: Option<Format>, file: Child, below: Backing, key_secret: Option<String>, how: How, part: Part },
 }
 
+impl Node {
+    /// How its file is opened.
+    pub(crate) fn how(&self) -> How {
+        match self {
+            Self::File { how, .. } | Self::Format { how, .. } => *how,
+            _ => How::default(),
+        }
+    }
+
+    /// The throttle group, if it has one.
+    pub(crate) fn group(&self) -> Option<String> {
+        match self {
+            Self::Throttle { group, .. } => Some(group.clone()),
+            _ => None,
+        }
+    }
+
+    /// The same, opened as its caller has it.
+    pub(crate) fn plain(&self) -> Self {
+        let mut plain = self.clone();
+        if let Self::File { how, .. } | Self::Format { how, .. } = &mut plain {
+            *how = How { locking: how.locking, ..How::default() };
+        }
+        plain
+    }
+}
+
 /// A child, as a tree has it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum Child {

@@ -66,6 +66,8 @@ pub(crate) struct Copying {
     ignored: Option<Error>,
     /// What is done, and not told yet because something in front of it is not.
     done: Vec<GuestRange>,
+    /// Somebody waits for the end: it goes as fast as it can.
+    in_haste: bool,
 }
 
 impl Copying {
@@ -86,7 +88,13 @@ impl Copying {
             failed_at: None,
             ignored: None,
             done: Vec::new(),
+            in_haste: false,
         }
+    }
+
+    /// At no pace but its own: somebody waits for the end.
+    pub(crate) fn in_haste(self) -> Self {
+        Self { in_haste: true, ..self }
     }
 
     /// Copies until nothing is missing. On any return nothing is in flight.
@@ -174,7 +182,7 @@ impl Copying {
         if let Some(at) = self.not_before.filter(|at| *at > ring::now()) {
             return Some(Hindrance::Until(at));
         }
-        if chunk.zero { None } else { self.life.pace.wait().map(Hindrance::Until) }
+        if chunk.zero || self.in_haste { None } else { self.life.pace.wait().map(Hindrance::Until) }
     }
 
     fn send(&mut self, chunk: Chunk) {

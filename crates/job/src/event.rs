@@ -36,6 +36,8 @@ pub enum Event {
     Completed {
         /// Which job (`device` in QMP).
         id: String,
+        /// What kind of job.
+        kind: &'static str,
         /// Bytes to copy in all.
         len: u64,
         /// Bytes copied.
@@ -49,6 +51,8 @@ pub enum Event {
     Cancelled {
         /// Which job.
         id: String,
+        /// What kind of job.
+        kind: &'static str,
         /// Bytes to copy in all.
         len: u64,
         /// Bytes copied.
@@ -69,6 +73,21 @@ pub enum Event {
     Pending {
         /// Which job.
         id: String,
+        /// What kind of job.
+        kind: &'static str,
+    },
+    /// `BLOCK_JOB_READY`: can be completed by hand.
+    Ready {
+        /// Which job.
+        id: String,
+        /// What kind of job.
+        kind: &'static str,
+        /// Bytes to copy in all.
+        len: u64,
+        /// Bytes copied.
+        offset: u64,
+        /// Bytes a second.
+        speed: u64,
     },
 }
 

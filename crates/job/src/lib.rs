@@ -1,10 +1,11 @@
 //! Long work on a disk. Floor 5: a job knows [`disk::Disk`]; of what lies below only a cluster's size and what an error was about.
 //!
-//! [`Jobs`] is a shard's register of jobs; [`stream`] is the one kind there is so far. The state machine and its names are those
+//! [`Jobs`] is a shard's register of jobs; [`stream`] and [`commit`] are the kinds there are. The state machine and its names are those
 //! that QMP documents (`JobStatus`).
 //!
 //! # Invariants
-//! * `completed` with success is emitted only after the backing reference is dropped or rewritten *durably*.
+//! * `completed` with success is emitted only after the backing reference is dropped or rewritten *durably* (a stream), or after
+//!   what was carried down is durable and the layers are let go of (a commit).
 //! * An ignored error never lets the backing reference go: the job then ends with that error and the chain stays.
 //! * Progress counts only what must be copied and never runs backwards.
 //! * Cancelling keeps what has arrived, and is quick: nothing new is issued, what is in flight is awaited.
@@ -14,6 +15,7 @@
 //! its loop) and looks at what was asked for whenever it wakes. Nothing but that task moves a job to its end.
 #![forbid(unsafe_code)]
 
+pub mod commit;
 pub mod event;
 pub mod registry;
 pub mod state;
@@ -26,6 +28,7 @@ mod pace;
 mod progress;
 mod window;
 
+pub use commit::{CommitOptions, Ending};
 pub use event::{ErrorAction, Event, Events};
 pub use registry::{JobError, JobErrorKind, JobInfo, Jobs, is_id};
 pub use state::{IoStatus, Status, Verb};

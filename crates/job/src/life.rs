@@ -18,10 +18,14 @@ use std::rc::{Rc, Weak};
 /// What makes a job this job.
 pub(crate) struct Identity {
     pub(crate) id: String,
+    pub(crate) kind: &'static str,
     pub(crate) device: String,
     pub(crate) auto_finalize: bool,
     pub(crate) auto_dismiss: bool,
 }
+
+/// The kind of a job that makes an image.
+pub(crate) const CREATE: &str = "create";
 
 /// How a job's work ended.
 #[derive(Debug)]
@@ -29,6 +33,15 @@ pub(crate) enum End {
     Completed,
     Failed(String),
     Cancelled,
+}
+
+/// How a job that is ready is to end.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Wish {
+    /// By what it was started for.
+    Complete,
+    /// With everything copied, and nothing else changed.
+    LeaveBe,
 }
 
 /// What a cancelled job shows as its error (`ECANCELED` in the C library's words, as QEMU does).
@@ -43,6 +56,8 @@ pub(crate) struct Life {
     paused: Cell<bool>,
     cancelled: Cell<bool>,
     finalize: Cell<bool>,
+    /// What a job that is ready is to do.
+    wish: Cell<Option<Wish>>,
     /// The end is being published: nothing can be asked any more.
     publishing: Cell<bool>,
     error: RefCell<Option<String>>,
@@ -70,6 +85,7 @@ impl Life {
             paused: Cell::new(false),
             cancelled: Cell::new(false),
             finalize: Cell::new(false),
+            wish: Cell::new(None),
             publishing: Cell::new(false),
             error: RefCell::default(),
             pace,
@@ -90,17 +106,22 @@ impl Life {
     pub(crate) fn info(&self) -> JobInfo {
         let status = self.status.get();
         let over = matches!(status, Status::Aborting | Status::Concluded | Status::Null);
+        let made = (self.what.kind == CREATE).then_some((1, u64::from(over)));
+        let (len, offset) = made.unwrap_or_else(|| {
+            let len = if over { self.progress.final_len() } else { self.progress.len() };
+            (len, self.progress.offset())
+        });
         JobInfo {
             id: self.what.id.clone(),
-            kind: "stream",
+            kind: self.what.kind,
             device: self.what.device.clone(),
-            len: if over { self.progress.final_len() } else { self.progress.len() },
-            offset: self.progress.offset(),
+            len,
+            offset,
             speed: self.pace.rate(),
             busy: status == Status::Running || self.publishing.get() && !over,
             paused: self.paused.get(),
             cancelling: self.cancelled.get() && !over,
-            ready: false,
+            ready: matches!(status, Status::Ready | Status::Standby),
             status,
             io_status: self.io_status.get(),
             auto_finalize: self.what.auto_finalize,
@@ -117,7 +138,12 @@ impl Life {
             let device = &self.what.id;
             return Err(wrong_state(format!("The block job for device '{device}' is currently paused")));
         }
-        self.cancelled.set(true);
+        if matches!(self.status.get(), Status::Ready | Status::Standby) && !force {
+            // What is copied is all there: it stays, and that is the end.
+            self.wish.set(Some(self.wish.get().unwrap_or(Wish::LeaveBe)));
+        } else {
+            self.cancelled.set(true);
+        }
         self.changed.notify_all();
         Ok(())
     }
@@ -138,9 +164,7 @@ impl Life {
         self.allow(Verb::Resume)?;
         self.paused.set(false);
         self.io_status.set(IoStatus::Ok);
-        if self.status.get() == Status::Paused {
-            self.become_(Status::Running);
-        }
+        self.wake_up();
         self.changed.notify_all();
         Ok(())
     }
@@ -153,7 +177,10 @@ impl Life {
     }
 
     pub(crate) fn complete(&self) -> Result<(), JobError> {
-        self.allow(Verb::Complete)
+        self.allow(Verb::Complete)?;
+        self.wish.set(Some(Wish::Complete));
+        self.changed.notify_all();
+        Ok(())
     }
 
     pub(crate) fn finalize(&self) -> Result<(), JobError> {
@@ -203,8 +230,10 @@ impl Life {
             if !self.paused.get() || self.cancelled.get() {
                 return;
             }
-            if self.status.get() == Status::Running {
-                self.become_(Status::Paused);
+            match self.status.get() {
+                Status::Running => self.become_(Status::Paused),
+                Status::Ready => self.become_(Status::Standby),
+                _ => {}
             }
             changed.await;
         }
@@ -227,12 +256,39 @@ impl Life {
         self.io_status.get() != IoStatus::Ok
     }
 
+    /// A job that rests does so no longer.
+    fn wake_up(&self) {
+        match self.status.get() {
+            Status::Paused => self.become_(Status::Running),
+            Status::Standby => self.become_(Status::Ready),
+            _ => {}
+        }
+    }
+
+    /// Everything is copied, and whoever writes is followed: it may be completed.
+    pub(crate) fn ready(&self) {
+        self.become_(Status::Ready);
+        let (len, offset) = (self.progress.final_len(), self.progress.offset());
+        self.emit(Event::Ready {
+            id: self.what.id.clone(),
+            kind: self.what.kind,
+            len,
+            offset,
+            speed: self.pace.rate(),
+        });
+    }
+
+    /// What is wished of a job that is ready.
+    pub(crate) fn wish(&self) -> Option<Wish> {
+        self.wish.get()
+    }
+
     /// The work is done: waits for leave to publish it. `false` if the job was cancelled instead.
     pub(crate) async fn may_publish(&self) -> bool {
         self.become_(Status::Waiting);
         self.become_(Status::Pending);
         if !self.what.auto_finalize {
-            self.emit(Event::Pending { id: self.what.id.clone() });
+            self.emit(Event::Pending { id: self.what.id.clone(), kind: self.what.kind });
         }
         loop {
             let changed = self.changed.wait();
@@ -249,16 +305,15 @@ impl Life {
 
     /// The end, however it came about. Emits everything that is left to say.
     pub(crate) fn conclude(&self, end: End) {
-        if self.status.get() == Status::Paused {
-            self.become_(Status::Running);
-        }
-        let id = self.what.id.clone();
+        self.wake_up();
+        let (id, kind) = (self.what.id.clone(), self.what.kind);
         let (offset, speed) = (self.progress.offset(), self.pace.rate());
         let last = match end {
             End::Completed => {
                 self.progress.finished();
                 Event::Completed {
                     id,
+                    kind,
                     len: self.progress.final_len(),
                     offset: self.progress.offset(),
                     speed,
@@ -268,16 +323,18 @@ impl Life {
             End::Failed(error) => {
                 *self.error.borrow_mut() = Some(error.clone());
                 self.become_(Status::Aborting);
-                Event::Completed { id, len: self.progress.final_len(), offset, speed, error: Some(error) }
+                Event::Completed { id, kind, len: self.progress.final_len(), offset, speed, error: Some(error) }
             }
             End::Cancelled => {
                 *self.error.borrow_mut() = Some(CANCELLED.to_owned());
                 self.become_(Status::Aborting);
-                Event::Cancelled { id, len: self.progress.final_len(), offset, speed }
+                Event::Cancelled { id, kind, len: self.progress.final_len(), offset, speed }
             }
         };
         self.publishing.set(false);
-        self.emit(last);
+        if self.what.kind != CREATE {
+            self.emit(last);
+        }
         self.become_(Status::Concluded);
         if self.what.auto_dismiss {
             self.vanish();

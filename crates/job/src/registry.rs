@@ -1,11 +1,13 @@
 //! A shard's register of jobs: start, list, and every verb.
 
-use crate::life::{Identity, Life};
+use crate::commit::{self, CommitOptions};
+use crate::life::{CREATE, End, Identity, Life};
 use crate::pace::Pace;
 use crate::progress::Progress;
 use crate::stream::{self, DiskTarget, Target};
 use crate::{Events, IoStatus, OnError, Status, StreamOptions};
 use disk::{ErrorKind, StreamBase};
+use futures_util::future::LocalBoxFuture;
 use ring::sync;
 use std::any::Any;
 use std::cell::{Cell, RefCell};
@@ -47,7 +49,7 @@ impl std::error::Error for JobError {}
 pub struct JobInfo {
     /// Its id.
     pub id: String,
-    /// `stream`.
+    /// `stream`, `commit` or `create`.
     pub kind: &'static str,
     /// The disk it works on.
     pub device: String,
@@ -63,7 +65,7 @@ pub struct JobInfo {
     pub paused: bool,
     /// Whether it was asked to stop and has not ended yet.
     pub cancelling: bool,
-    /// Whether it can be completed by hand (never for a stream).
+    /// Whether it can be completed by hand (a commit of an active layer).
     pub ready: bool,
     /// Its status.
     pub status: Status,
@@ -75,6 +77,13 @@ pub struct JobInfo {
     pub auto_dismiss: bool,
     /// What went wrong, once it did.
     pub error: Option<String>,
+}
+
+impl JobInfo {
+    /// Whether it works on a disk: the others are in `query-jobs` only, and know the verbs `job-*` only.
+    pub fn is_block_job(&self) -> bool {
+        self.kind != CREATE
+    }
 }
 
 /// A shard's jobs. There are never more than disks: a job keeps its disk to itself until it is gone.
@@ -94,6 +103,7 @@ pub(crate) struct Register {
 /// A job that is about to start.
 pub(crate) struct Start {
     pub(crate) id: Option<String>,
+    pub(crate) kind: &'static str,
     pub(crate) device: String,
     pub(crate) speed: u64,
     pub(crate) on_error: OnError,
@@ -133,7 +143,7 @@ impl Jobs {
             ErrorKind::Busy => busy(format!("Node '{device}' is busy: block device is in use by block job: stream")),
             _ => invalid(error.to_string()),
         })?;
-        let start = Start { id, device, speed, on_error, auto_finalize, auto_dismiss };
+        let start = Start { id, kind: "stream", device, speed, on_error, auto_finalize, auto_dismiss };
         self.start(start, Rc::new(DiskTarget { disk, base, backing_name }), Some(Box::new((claim, hold))))
     }
 
@@ -144,7 +154,68 @@ impl Jobs {
         target: Rc<dyn Target>,
         claim: Option<Box<dyn Any>>,
     ) -> Result<(), JobError> {
-        let Start { id, device, speed, on_error, auto_finalize, auto_dismiss } = start;
+        let on_error = start.on_error;
+        let life = self.begin(start, (target.size(), target.cluster_size()), claim)?;
+        drop(ring::spawn(stream::run(life, target, on_error)));
+        Ok(())
+    }
+
+    /// Starts a commit. Call on the shard's ring. The id is checked by [`Jobs::check_id`] before anything is prepared for it.
+    pub fn commit(&self, options: CommitOptions) -> Result<(), JobError> {
+        let (start, target, hold) = options.apart();
+        let on_error = start.on_error;
+        let life = self.begin(start, (target.size(), target.cluster_size()), hold)?;
+        drop(ring::spawn(commit::run(life, target, on_error)));
+        Ok(())
+    }
+
+    /// Starts a job that makes an image: `work` does it, and says in words what went wrong. It is no block job: it works on no disk, is
+    /// told of by its status alone, and waits for its dismissal.
+    pub fn create(
+        &self,
+        id: String,
+        work: LocalBoxFuture<'static, std::result::Result<(), String>>,
+    ) -> Result<(), JobError> {
+        let start = Start {
+            id: Some(id),
+            kind: CREATE,
+            device: String::new(),
+            speed: 0,
+            on_error: OnError::Report,
+            auto_finalize: true,
+            auto_dismiss: false,
+        };
+        let life = self.begin(start, (1, 1), None)?;
+        drop(ring::spawn(async move {
+            let end = match work.await {
+                Ok(()) if life.may_publish().await => End::Completed,
+                Ok(()) => End::Cancelled,
+                Err(why) => End::Failed(why),
+            };
+            life.conclude(end);
+        }));
+        Ok(())
+    }
+
+    /// Refuses what cannot be the id of a new job.
+    pub fn check_id(&self, id: &str) -> Result<(), JobError> {
+        if !is_id(id) {
+            return Err(invalid(format!("Invalid job ID '{id}'")));
+        }
+        if self.find(id).is_ok() {
+            return Err(busy(format!("Job ID '{id}' already in use")));
+        }
+        Ok(())
+    }
+
+    /// Registers a job, which is on its way from then on.
+    fn begin(
+        &self,
+        start: Start,
+        (size, cluster): (u64, u64),
+        claim: Option<Box<dyn Any>>,
+    ) -> Result<Rc<Life>, JobError> {
+        let Start { id, kind, device, speed, auto_finalize, auto_dismiss, .. } = start;
         // A disk may be called what no job could be; its job is then called so, too.
         if let Some(id) = id.as_ref().filter(|id| !is_id(id)) {
             return Err(invalid(format!("Invalid job ID '{id}'")));
@@ -156,14 +227,12 @@ impl Jobs {
         if self.register.closed.get() {
             return Err(busy("Headwater is shutting down".into()));
         }
-        let cluster = target.cluster_size();
-        let progress = Progress::new(target.size(), cluster);
-        let what = Identity { id, device, auto_finalize, auto_dismiss };
+        let progress = Progress::new(size, cluster);
+        let what = Identity { id, kind, device, auto_finalize, auto_dismiss };
         let life = Life::new(what, Rc::downgrade(&self.register), Pace::new(speed, cluster), progress, claim);
         self.register.jobs.borrow_mut().push(Rc::clone(&life));
         life.start();
-        drop(ring::spawn(stream::run(life, target, on_error)));
-        Ok(())
+        Ok(life)
     }
 
     /// All jobs there are, concluded ones that wait for dismissal included, oldest first.
@@ -176,7 +245,8 @@ impl Jobs {
         self.find(id).ok().map(|job| job.info())
     }
 
-    /// Asks it to stop; without `force` a paused job is refused. The end comes as an event: `BLOCK_JOB_CANCELLED`, or
+    /// Asks it to stop; without `force` a paused job is refused, and one that is ready ends with everything copied and nothing else
+    /// changed (`BLOCK_JOB_COMPLETED`). The end comes as an event: `BLOCK_JOB_CANCELLED`, or
     /// `BLOCK_JOB_COMPLETED` if the end was being published already.
     pub fn cancel(&self, id: &str, force: bool) -> Result<(), JobError> {
         self.find(id)?.cancel(force)
@@ -197,7 +267,7 @@ impl Jobs {
         self.find(id)?.set_speed(speed)
     }
 
-    /// A stream has nothing to complete: always [`JobErrorKind::WrongState`].
+    /// Ends a job that is ready by what it was started for; [`JobErrorKind::WrongState`] where it is not (a stream never is).
     pub fn complete(&self, id: &str) -> Result<(), JobError> {
         self.find(id)?.complete()
     }

@@ -140,6 +140,14 @@ impl Error {
         &self.inner.store
     }
 
+    /// What the system said, in its words and nothing else; `None` where somebody else said it.
+    pub fn os_text(&self) -> Option<String> {
+        let Cause::Io(source) = &self.inner.cause else { return None };
+        let errno = source.raw_os_error()?;
+        let text = source.to_string();
+        Some(text.strip_suffix(&format!(" (os error {errno})")).map_or_else(|| text.clone(), str::to_owned))
+    }
+
     /// The closest errno, for protocols that carry one.
     pub fn errno(&self) -> i32 {
         match (&self.inner.cause, self.inner.kind) {

@@ -29,6 +29,11 @@ impl Arguments {
         }
     }
 
+    /// Whatever it is, that may be left out.
+    pub(crate) fn value(&mut self, name: &str) -> Option<Value> {
+        self.members.shift_remove(name)
+    }
+
     /// A string that must be there.
     pub(crate) fn needed_string(&mut self, name: &str) -> Result<String, Failure> {
         self.string(name)?.ok_or_else(|| missing(name))
@@ -48,6 +53,17 @@ impl Arguments {
         match self.members.shift_remove(name) {
             None => Ok(None),
             Some(value) => value.as_i64().map(Some).ok_or_else(|| wrong_type(name, "integer")),
+        }
+    }
+
+    /// An unsigned integer of 64 bits that may be left out; a negative one is taken for what its bits say, as QEMU does.
+    pub(crate) fn size(&mut self, name: &str) -> Result<Option<u64>, Failure> {
+        match self.members.shift_remove(name) {
+            None => Ok(None),
+            Some(value) => {
+                let size = value.as_u64().or_else(|| value.as_i64().map(i64::cast_unsigned));
+                size.map(Some).ok_or_else(|| no_size(name))
+            }
         }
     }
 
@@ -98,6 +114,10 @@ impl Arguments {
             Some(name) => Err(unexpected(name)),
         }
     }
+}
+
+pub(super) fn no_size(name: &str) -> Failure {
+    Failure::generic(format!("Parameter '{name}' expects uint64"))
 }
 
 pub(super) fn unexpected(name: &str) -> Failure {

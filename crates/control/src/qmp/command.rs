@@ -2,7 +2,7 @@
 
 use super::arguments::Arguments;
 use super::schema::{Kind, Member, Schema, Takes, may, needs};
-use super::{event, exports, jobs, nodes, query, schema};
+use super::{commit, create, event, exports, jobs, nodes, query, schema, snapshots};
 use crate::{Engine, ErrorClass, Failure, hmp, trace};
 use futures_util::future::BoxFuture;
 use serde_json::{Map, Value, json};
@@ -88,6 +88,9 @@ const NODE: &[Member] = &[
     may("detect-zeroes", Kind::Text),
 ];
 
+/// What a node is changed to; each driver takes more of its own.
+const NODE_AGAIN: &[Member] = &[needs("driver", Kind::Text), may("node-name", Kind::Text)];
+
 const MODE: Kind = Kind::Word(&["safe", "hard"]);
 
 /// Every command, in the order `query-commands` lists them.
@@ -127,6 +130,7 @@ const COMMANDS: &[Command] = &[
     command("query-block-jobs", &[], LIST, run!(jobs::query_block_jobs)),
     command("query-jobs", &[], LIST, run!(jobs::query_jobs)),
     open("blockdev-add", NODE, NOTHING, run!(nodes::add)),
+    command("blockdev-reopen", &[needs("options", Kind::List(&Kind::Open(NODE_AGAIN)))], NOTHING, run!(nodes::reopen)),
     command("blockdev-del", &[needs("node-name", Kind::Text)], NOTHING, run!(nodes::remove)),
     command(
         "block_resize",
@@ -140,6 +144,16 @@ const COMMANDS: &[Command] = &[
         NOTHING,
         run!(nodes::change_backing),
     ),
+    command(
+        "block-set-write-threshold",
+        &[needs("node-name", Kind::Text), needs("write-threshold", Kind::Size)],
+        NOTHING,
+        run!(nodes::set_threshold),
+    ),
+    command("blockdev-create", create::CREATE, NOTHING, run!(create::create)),
+    command("blockdev-snapshot", snapshots::SNAPSHOT, NOTHING, run!(snapshots::to_node)),
+    command("blockdev-snapshot-sync", snapshots::SNAPSHOT_FILE, NOTHING, run!(snapshots::to_file)),
+    command("transaction", snapshots::TRANSACTION, NOTHING, run!(snapshots::transaction)),
     open("object-add", &[needs("qom-type", Kind::Text), needs("id", Kind::Text)], NOTHING, run!(nodes::add_object)),
     command("object-del", &[needs("id", Kind::Text)], NOTHING, run!(nodes::remove_object)),
     open("block-export-add", EXPORT, NOTHING, run!(exports::add)),
@@ -176,6 +190,7 @@ const COMMANDS: &[Command] = &[
     ),
     command("nbd-server-stop", &[], NOTHING, run!(exports::stop_server)),
     command("block-stream", STREAM, NOTHING, run!(jobs::block_stream)),
+    command("block-commit", commit::COMMIT, NOTHING, run!(commit::block_commit)),
     command(
         "block-job-set-speed",
         &[needs("device", Kind::Text), needs("speed", Kind::Integer)],

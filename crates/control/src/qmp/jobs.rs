@@ -18,7 +18,7 @@ pub(crate) struct Stream {
     pub(crate) base: Option<String>,
     pub(crate) base_node: Option<String>,
     pub(crate) bottom: Option<String>,
-    /// What errors call the place above it while it runs.
+    /// What the node above it is called while it runs.
     pub(crate) filter: Option<String>,
     pub(crate) backing_name: Option<String>,
     pub(crate) speed: u64,
@@ -67,6 +67,11 @@ impl Stream {
             return self.start_on_node(engine).await;
         }
         let device = self.device_in(engine, &nodes)?;
+        if self.filter.is_some() {
+            let why =
+                "Parameter 'filter-node-name' is not supported: a device's stream puts no filter node into the chain";
+            return Err(Failure::generic(why));
+        }
         if let Some(name) = self.base_node.as_ref().or(self.bottom.as_ref()) {
             check_below(&nodes, name, &device, &self.device)?;
         }
@@ -117,7 +122,7 @@ impl Stream {
                     }
                 }
                 // First as it is: nothing is opened for writing for a job that cannot be.
-                let busy = {
+                let (filter, busy) = {
                     let hold = graph.take(&self.device, false).await?;
                     let disk = hold.disk();
                     let chain = disk.chain();
@@ -135,14 +140,17 @@ impl Stream {
                         }
                     };
                     let nodes = chain[..above].iter().map(|layer| layer.node.clone()).collect();
-                    graph.occupy("stream", self.filter.clone(), nodes)?
+                    let filter = graph.show_filter(self.filter.as_deref(), "copy-on-read", &self.device, true);
+                    let filter = filter.map_err(|error| Failure::generic(format!("Could not create node: {error}")))?;
+                    let busy = graph.occupy("stream", Some(filter.name().to_owned()), nodes)?;
+                    (filter, busy)
                 };
                 if shard.jobs().info(&id).is_some() {
                     return Err(Failure::generic(format!("Job ID '{id}' already in use")));
                 }
                 let hold = graph.take(&self.device, true).await?;
                 let disk = Rc::clone(hold.disk());
-                self.start_with(disk, &shard, Some(Box::new((hold, busy))))
+                self.start_with(disk, &shard, Some(Box::new((filter, hold, busy))))
             })
             .await
     }
@@ -318,7 +326,7 @@ pub(crate) async fn plain(
 ) -> Result<Value, Failure> {
     let id = arguments.needed_string(if named == Named::Device { "device" } else { "id" })?;
     arguments.end()?;
-    let done = block_job(engine, id, verb).await;
+    let done = some_job(engine, id, named != Named::Id, verb).await;
     match named {
         Named::Id => done.map_err(|failure| match failure.class {
             ErrorClass::DeviceNotActive => Failure::generic("Job not found"),
@@ -328,16 +336,27 @@ pub(crate) async fn plain(
     }
 }
 
-/// Does something to a job, wherever it is.
+/// Does something to a block job, wherever it is.
 pub(crate) async fn block_job(
     engine: &Engine,
     id: String,
     verb: impl Fn(&Jobs, &str) -> Result<(), JobError> + Send + Clone + 'static,
 ) -> Result<Value, Failure> {
+    some_job(engine, id, true, verb).await
+}
+
+/// Does something to a job; `block`: to one that works on a disk.
+async fn some_job(
+    engine: &Engine,
+    id: String,
+    block: bool,
+    verb: impl Fn(&Jobs, &str) -> Result<(), JobError> + Send + Clone + 'static,
+) -> Result<Value, Failure> {
     let not_found = Failure { class: ErrorClass::DeviceNotActive, desc: format!("Block job '{id}' not found") };
     let tried = engine
         .on_every_shard(move |shard| {
-            let found = shard.jobs().info(&id).map(|_| verb(shard.jobs(), &id));
+            let found = shard.jobs().info(&id).filter(|job| !block || job.is_block_job());
+            let found = found.map(|_| verb(shard.jobs(), &id));
             ready(Ok(found))
         })
         .await?;
@@ -356,7 +375,7 @@ pub(crate) async fn all(engine: &Engine) -> Result<Vec<JobInfo>, Failure> {
 /// `query-block-jobs`: 2011's `type device len offset speed`, and what was added since.
 pub(crate) async fn query_block_jobs(engine: &Engine, arguments: Arguments) -> Result<Value, Failure> {
     arguments.end()?;
-    let jobs = all(engine).await?.into_iter().map(|job| {
+    let jobs = all(engine).await?.into_iter().filter(JobInfo::is_block_job).map(|job| {
         let mut entry = json!({
             "type": job.kind, "device": job.id, "len": job.len, "offset": job.offset, "speed": job.speed,
             "busy": job.busy, "paused": job.paused, "ready": job.ready, "io-status": job.io_status.name(),

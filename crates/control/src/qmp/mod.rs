@@ -9,6 +9,8 @@
 
 mod arguments;
 mod command;
+mod commit;
+mod create;
 mod event;
 mod exports;
 mod jobs;
@@ -16,6 +18,7 @@ mod nodes;
 mod place;
 mod query;
 mod schema;
+mod snapshots;
 
 pub(crate) use command::{described, knows, names, run, version};
 pub(crate) use event::message as event_message;
@@ -77,9 +80,12 @@ pub async fn export_add(engine: &Engine, tree: Map<String, Value>) -> Result<(),
     exports::add(engine, arguments::Arguments::new(tree)).await.map(drop)
 }
 
-/// `nbd-server-start`, of a command line.
+/// `nbd-server-start`, of a command line: clients wait until all of it is done, and [`ShardState::admit_nbd_clients`] says so. Whoever
+/// comes early would find nothing to use.
+///
+/// [`ShardState::admit_nbd_clients`]: crate::ShardState::admit_nbd_clients
 pub async fn nbd_server_start(engine: &Engine, tree: Map<String, Value>) -> Result<(), Failure> {
-    exports::start_server(engine, arguments::Arguments::new(tree)).await.map(drop)
+    exports::start_server_for(engine, arguments::Arguments::new(tree), true).await.map(drop)
 }
 
 /// A command that is under way, and whose answer bears what id.

@@ -1,7 +1,7 @@
 //! Commands on named nodes, and on the objects they refer to.
 
 use super::arguments::Arguments;
-use crate::{Engine, Failure};
+use crate::{Engine, Failure, Happening};
 use graph::nodes::NodeInfo;
 use image::BackingRef;
 use serde_json::{Value, json};
@@ -11,6 +11,30 @@ use std::rc::Rc;
 pub(crate) async fn add(engine: &Engine, arguments: Arguments) -> Result<Value, Failure> {
     let tree = arguments.all();
     engine.on_nodes(move |shard| async move { Ok(shard.graph().add(tree).await?) }).await?;
+    Ok(json!({}))
+}
+
+/// `blockdev-reopen`.
+pub(crate) async fn reopen(engine: &Engine, mut arguments: Arguments) -> Result<Value, Failure> {
+    let mut trees = Vec::new();
+    for (at, tree) in arguments.list("options")?.into_iter().enumerate() {
+        let Value::Object(tree) = tree else {
+            return Err(super::arguments::wrong_type(&format!("options[{at}]"), "object"));
+        };
+        let of = |name: &str| super::arguments::missing(&format!("options[{at}].{name}"));
+        let driver = tree.get("driver").and_then(Value::as_str).ok_or_else(|| of("driver"))?;
+        let needs_file = image::Format::from_name(driver).is_some() || matches!(driver, "throttle" | "copy-on-read");
+        // In parts, as command lines have it, it is there, too.
+        if needs_file && !tree.keys().any(|key| key == "file" || key.starts_with("file.")) {
+            return Err(of("file"));
+        }
+        if driver == "file" && !tree.contains_key("filename") {
+            return Err(of("filename"));
+        }
+        trees.push(tree);
+    }
+    arguments.end()?;
+    engine.on_nodes(move |shard| async move { Ok(shard.graph().reopen(trees).await?) }).await?;
     Ok(json!({}))
 }
 
@@ -31,7 +55,7 @@ pub(crate) async fn list(engine: &Engine) -> Result<Vec<Value>, Failure> {
 pub(crate) fn describe(node: NodeInfo) -> Value {
     let mut info = json!({
         "iops_rd": 0, "detect_zeroes": "off", "active": true, "image": node.image, "iops_wr": 0, "ro": node.read_only,
-        "node-name": node.name, "backing_file_depth": 0, "drv": node.driver, "iops": 0, "bps_wr": 0, "write_threshold": 0,
+        "node-name": node.name, "backing_file_depth": 0, "drv": node.driver, "iops": 0, "bps_wr": 0, "write_threshold": node.write_threshold,
         "encrypted": false, "bps": 0, "bps_rd": 0,
         "cache": { "no-flush": node.no_flush, "direct": node.direct, "writeback": true }, "file": node.file,
     });
@@ -84,6 +108,10 @@ pub(crate) async fn resize(engine: &Engine, mut arguments: Arguments) -> Result<
         if !shard.graph().has(&name) {
             return Err(Failure::no_node(&name));
         }
+        if let Some(job) = shard.graph().job_on(&name) {
+            let what = format!("Node '{name}' is busy: block device is in use by block job: {job}");
+            return Err(Failure::generic(what));
+        }
         let size = to_size(size)?;
         let hold = shard.graph().take(&name, true).await?;
         hold.disk().resize(size).await?;
@@ -91,6 +119,22 @@ pub(crate) async fn resize(engine: &Engine, mut arguments: Arguments) -> Result<
         Ok(())
     });
     resized.await.map(|()| json!({}))
+}
+
+/// `block-set-write-threshold`.
+pub(crate) async fn set_threshold(engine: &Engine, mut arguments: Arguments) -> Result<Value, Failure> {
+    let node = arguments.needed_string("node-name")?;
+    let at = arguments.size("write-threshold")?.unwrap_or_default();
+    let set = engine.on_nodes(move |shard| async move {
+        let (to, name) = (Rc::downgrade(&shard), node.clone());
+        let told = Rc::new(move |threshold, exceeded| {
+            if let Some(shard) = to.upgrade() {
+                shard.tell(Happening::WriteThreshold { node: name.clone(), threshold, exceeded });
+            }
+        });
+        Ok(shard.graph().set_threshold(&node, at, told)?)
+    });
+    set.await.map(|()| json!({}))
 }
 
 fn to_size(size: i64) -> Result<u64, Failure> {

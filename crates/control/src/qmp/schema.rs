@@ -2,7 +2,7 @@
 //!
 //! **Invariant.** A command that is called has arguments of the kinds that its description says, and none that it does not name.
 
-use super::arguments::{missing, unexpected, wrong_type};
+use super::arguments::{missing, no_size, unexpected, wrong_type};
 use crate::Failure;
 use serde_json::{Map, Value, json};
 
@@ -15,6 +15,8 @@ pub(crate) enum Kind {
     Flag,
     /// An integer of 64 bits.
     Integer,
+    /// An unsigned one; its sign is not looked at.
+    Size,
     /// One of these words.
     Word(&'static [&'static str]),
     /// An object with these members.
@@ -58,7 +60,7 @@ fn expected(kind: Kind) -> &'static str {
     match kind {
         Kind::Text | Kind::Word(_) => "string",
         Kind::Flag => "boolean",
-        Kind::Integer => "integer",
+        Kind::Integer | Kind::Size => "integer",
         Kind::Object(_) | Kind::Open(_) => "object",
         Kind::List(_) => "array",
         Kind::Any => "any",
@@ -70,16 +72,22 @@ fn check_value(path: &str, kind: Kind, value: &Value) -> Result<(), Failure> {
         Kind::Text | Kind::Word(_) => value.is_string(),
         Kind::Flag => value.is_boolean(),
         Kind::Integer => value.as_i64().is_some(),
+        Kind::Size => value.is_i64() || value.is_u64(),
         Kind::Object(_) => value.is_object(),
         Kind::Open(_) | Kind::Any => true,
         Kind::List(_) => value.is_array(),
     };
+    if !fits && matches!(kind, Kind::Size) {
+        return Err(no_size(path));
+    }
     if !fits {
         return Err(wrong_type(path, expected(kind)));
     }
     match (kind, value) {
         (Kind::Word(words), Value::String(word)) if !words.contains(&word.as_str()) => {
-            Err(Failure::generic(format!("Parameter '{path}' does not accept value '{word}'")))
+            // Here QEMU gives the last name of the path only.
+            let name = path.rsplit('.').next().unwrap_or(path);
+            Err(Failure::generic(format!("Parameter '{name}' does not accept value '{word}'")))
         }
         (Kind::Object(members), Value::Object(tree)) => check_members(&format!("{path}."), members, tree, false),
         (Kind::List(inner), Value::Array(items)) => {
@@ -108,6 +116,11 @@ fn check_members(prefix: &str, members: &[Member], tree: &Map<String, Value>, op
 /// Refuses arguments that are not as described, in the words of QEMU's monitor.
 pub(crate) fn check(takes: Takes, arguments: &Map<String, Value>) -> Result<(), Failure> {
     check_members("", takes.members, arguments, takes.open)
+}
+
+/// The same for arguments within others: `prefix` is what names are put behind in messages.
+pub(crate) fn check_at(prefix: &str, members: &[Member], arguments: &Map<String, Value>) -> Result<(), Failure> {
+    check_members(prefix, members, arguments, false)
 }
 
 /// Puts `SchemaInfo`s together.
@@ -140,7 +153,7 @@ impl Schema {
         match kind {
             Kind::Text => self.builtin("str", "string"),
             Kind::Flag => self.builtin("bool", "boolean"),
-            Kind::Integer => self.builtin("int", "int"),
+            Kind::Integer | Kind::Size => self.builtin("int", "int"),
             Kind::Any => self.builtin("any", "value"),
             Kind::Word(words) => {
                 let members: Vec<Value> = words.iter().map(|word| json!({ "name": word })).collect();
@@ -219,7 +232,7 @@ mod tests {
             (json!({"id": 7}), "Invalid parameter type for 'id', expected: string"),
             (json!({"id": "a", "x": 1}), "Parameter 'x' is unexpected"),
             (json!({"id": "a", "addr": {}}), "Parameter 'addr.type' is missing"),
-            (json!({"id": "a", "addr": {"type": "tea"}}), "Parameter 'addr.type' does not accept value 'tea'"),
+            (json!({"id": "a", "addr": {"type": "tea"}}), "Parameter 'type' does not accept value 'tea'"),
             (json!({"id": "a", "addr": {"type": "unix", "y": 1}}), "Parameter 'addr.y' is unexpected"),
             (json!({"id": "a", "all": [1]}), "Invalid parameter type for 'all[0]', expected: boolean"),
         ] {

@@ -30,6 +30,12 @@ impl Drop for Busy {
 }
 
 impl Graph {
+    /// The kind of job that has taken this node.
+    pub(super) fn occupied(&self, name: &str) -> Option<&'static str> {
+        let jobs = self.jobs.borrow();
+        jobs.iter().find(|work| work.nodes.iter().any(|node| node == name)).map(|work| work.kind)
+    }
+
     /// Takes `nodes`, which lie below each other, for a job of this kind; `filter` is what errors call the place above them.
     ///
     /// # Errors
@@ -37,6 +43,10 @@ impl Graph {
     pub fn occupy(&self, kind: &'static str, filter: Option<String>, nodes: Vec<String>) -> Result<Busy> {
         let mut jobs = self.jobs.borrow_mut();
         for (depth, node) in nodes.iter().enumerate() {
+            if let Some(kind) = self.find(node).and_then(|node| node.busy.get()) {
+                let what = format!("Node '{node}' is busy: block device is in use by block job: {kind}");
+                return Err(Error::new(ErrorKind::Busy, "", None, what));
+            }
             let Some(work) = jobs.iter().find(|work| work.nodes.contains(node)) else { continue };
             // From above one would come through the filter first.
             let met = if depth > 0 && work.nodes.first() == Some(node) { &work.filter } else { node };

@@ -3,34 +3,54 @@
 use super::{Edge, Graph, GraphNode};
 use crate::node::{Node, no_node};
 use crate::wrong;
-use disk::{Disk, DiskOptions, Layer};
-use image::Result;
-use std::rc::Rc;
+use disk::{Disk, DiskOptions, Layer, Thresholds};
+use image::{Error, ErrorKind, Result};
+use std::cell::{Cell, RefCell};
+use std::rc::{Rc, Weak};
 
-/// A hold on a node: while it lives, the node stays, and is open as it was asked for.
+/// A hold on a node: while it lives, the node stays, and is open as it was asked for. When another node takes its place in front
+/// of those who use it (a snapshot, a commit), it is a hold on that one.
 pub struct NodeUse {
-    node: Rc<GraphNode>,
+    hold: Rc<Hold>,
+}
+
+/// Who is held, as the graph may change it.
+pub(super) struct Hold {
+    node: RefCell<Rc<GraphNode>>,
     disk: Rc<Disk>,
     writable: bool,
+}
+
+impl Hold {
+    fn count<'a>(&self, node: &'a GraphNode) -> &'a Cell<usize> {
+        if self.writable { &node.writers } else { &node.readers }
+    }
 }
 
 impl NodeUse {
     /// What the node shows.
     pub fn disk(&self) -> &Rc<Disk> {
-        &self.disk
+        &self.hold.disk
     }
 
     /// The node's name.
-    pub fn node(&self) -> &str {
-        &self.node.name
+    pub fn node(&self) -> String {
+        self.hold.node.borrow().name.clone()
     }
 }
 
-impl Drop for NodeUse {
+impl Drop for Hold {
     fn drop(&mut self) {
-        let count = if self.writable { &self.node.writers } else { &self.node.readers };
+        let node = Rc::clone(&self.node.borrow());
+        let count = self.count(&node);
         count.set(count.get() - 1);
     }
+}
+
+/// A job has the node.
+pub(super) fn busy(node: &GraphNode, job: &str) -> Error {
+    let what = format!("Node '{}' is busy: block device is in use by block job: {job}", node.name);
+    Error::new(ErrorKind::Busy, "", None, what)
 }
 
 impl Graph {
@@ -40,15 +60,50 @@ impl Graph {
     /// There is no such node; it is read-only, or cannot be opened for writing now.
     pub async fn take(&self, name: &str, writable: bool) -> Result<NodeUse> {
         let _alone = self.changing.lock().await;
-        self.reconcile();
+        self.tidy().await;
         let node = self.find(name).ok_or_else(|| no_node(name))?;
+        // Who looks at a layer that is written to, or taken away, must know of it: only the disk on top does.
+        if let Some(job) = node.busy.get().filter(|_| node.disk.borrow().is_none()) {
+            return Err(busy(&node, job));
+        }
         if writable {
             self.make_writable(&node).await?;
         }
         let disk = self.disk_of(&node).await?;
-        let count = if writable { &node.writers } else { &node.readers };
+        let hold = Rc::new(Hold { node: RefCell::new(Rc::clone(&node)), disk, writable });
+        let count = hold.count(&node);
         count.set(count.get() + 1);
-        Ok(NodeUse { node, disk, writable })
+        let mut holds = self.holds.borrow_mut();
+        holds.retain(|hold| hold.strong_count() > 0);
+        holds.push(Rc::downgrade(&hold));
+        Ok(NodeUse { hold })
+    }
+
+    /// Whoever uses `from` uses `to` from now on, whose disk is what `from`'s was. Nodes that lie on `from` other than as an image on
+    /// its backing file lie on `to`.
+    pub(super) fn move_users(&self, from: &Rc<GraphNode>, to: &Rc<GraphNode>, parents: &[Rc<GraphNode>]) {
+        for hold in self.holds.borrow().iter().filter_map(Weak::upgrade) {
+            let mut node = hold.node.borrow_mut();
+            if Rc::ptr_eq(&node, from) {
+                let (before, after) = (hold.count(from), hold.count(to));
+                before.set(before.get() - 1);
+                after.set(after.get() + 1);
+                *node = Rc::clone(to);
+            }
+        }
+        for parent in parents {
+            let mut edges = parent.edges.borrow_mut();
+            for edge in edges.iter_mut().filter(|edge| edge.role != "backing" && Rc::ptr_eq(&edge.node, from)) {
+                edge.node = Rc::clone(to);
+            }
+        }
+        let disk = from.disk.borrow_mut().take();
+        *to.disk.borrow_mut() = disk;
+    }
+
+    /// The nodes that lie on `node` other than as an image on its backing file.
+    pub(super) fn users_above(&self, node: &Rc<GraphNode>) -> Vec<Rc<GraphNode>> {
+        self.parents(node).into_iter().filter(|(_, role)| *role != "backing").map(|(parent, _)| parent).collect()
     }
 
     /// The disks that nodes have at present: those that somebody has used.
@@ -59,8 +114,10 @@ impl Graph {
 
     /// The kind of job that works on a node, if any does.
     pub fn job_on(&self, name: &str) -> Option<&'static str> {
-        let disk = self.find(name)?.disk.borrow().clone()?;
-        disk.claimed().then_some("stream")
+        let node = self.find(name)?;
+        let disk = node.disk.borrow().clone();
+        let claimed = || disk.filter(|disk| disk.claimed()).map(|_| "stream");
+        node.busy.get().or_else(|| self.occupied(name)).or_else(claimed)
     }
 
     /// What `node` shows, made when it is first asked for.
@@ -74,7 +131,7 @@ impl Graph {
             disk.set_copy_on_read(true);
             disk
         } else {
-            let options = DiskOptions { discard: node.discard, ..DiskOptions::default() };
+            let options = DiskOptions { discard: node.discard.get(), ..DiskOptions::default() };
             let disk = Disk::new(&node.name, self.chain(node).await?, options);
             disk.set_sharers(self.sharers());
             disk
@@ -84,18 +141,24 @@ impl Graph {
     }
 
     /// The images from `node` down.
-    async fn chain(&self, node: &Rc<GraphNode>) -> Result<Vec<Layer>> {
+    pub(super) async fn chain(&self, node: &Rc<GraphNode>) -> Result<Vec<Layer>> {
         let image = self.image_of(node).await?;
         let name = image.file().name().to_owned();
-        let mut layers = vec![Layer { lent: true, ..Layer::new(&node.name, name, image) }];
+        let thresholds = |node: &GraphNode| {
+            let file = node.child("file").map(|file| Rc::clone(&file.threshold)).unwrap_or_default();
+            Some(Thresholds { node: Rc::clone(&node.threshold), file })
+        };
+        let first = Layer::new(&node.name, name, image);
+        let mut layers = vec![Layer { lent: true, thresholds: thresholds(node), ..first }];
         // What only headers name, right below, is the disk's own; what a user made a node of is not.
         let (mut at, mut own) = (Rc::clone(node), true);
         while let Some(below) = at.child("backing") {
-            own &= below.implicit;
+            own &= below.own;
             let image = self.image_of(&below).await?;
             let said = layers.last().and_then(|above| above.image.backing()).map(|backing| backing.name);
             let name = said.unwrap_or_else(|| image.file().name().to_owned());
-            layers.push(Layer { lent: !own, ..Layer::new(&below.name, name, image) });
+            let layer = Layer::new(&below.name, name, image);
+            layers.push(Layer { lent: !own, thresholds: thresholds(&below), ..layer });
             at = below;
         }
         if let Some(last) = layers.last_mut() {

@@ -1,7 +1,7 @@
 //! What nodes are, as monitors show it (QEMU's `BlockDeviceInfo` and `ImageInfo`).
 
-use super::{Graph, GraphNode};
-use crate::node::{How, Node};
+use super::{Filter, Graph, GraphNode};
+use crate::node::Node;
 use image::Image;
 use image::qcow2::{Compression, Qcow2Info};
 use serde_json::{Map, Value, json};
@@ -29,6 +29,8 @@ pub struct NodeInfo {
     pub backing: Option<String>,
     /// The node of that image.
     pub below: Option<String>,
+    /// The mark that writes may pass.
+    pub write_threshold: u64,
     /// QEMU's `ImageInfo`.
     pub image: Value,
 }
@@ -85,18 +87,66 @@ fn qcow2_info(own: Qcow2Info) -> Value {
     Value::Object(data)
 }
 
+/// JSON as QEMU writes it into names.
+fn spaced(value: &Value) -> String {
+    match value {
+        Value::Object(members) => {
+            let members: Vec<String> =
+                members.iter().map(|(key, value)| format!("{}: {}", json!(key), spaced(value))).collect();
+            format!("{{{}}}", members.join(", "))
+        }
+        other => other.to_string(),
+    }
+}
+
 impl Graph {
     /// Every node, the newest first, as QEMU lists them.
     pub fn list(&self) -> Vec<NodeInfo> {
-        self.reconcile();
-        self.nodes.borrow().iter().rev().map(|node| self.describe(node)).collect()
+        // Not in the middle of a change: edges lead elsewhere then than the disks that are stopped know.
+        if self.changing.try_lock().is_some() {
+            self.reconcile();
+        }
+        let filters = self.filters.borrow();
+        let filters = filters.iter().rev().map(|filter| self.describe_filter(filter));
+        filters.chain(self.nodes.borrow().iter().rev().map(|node| self.describe(node))).collect()
+    }
+
+    /// What somebody who uses the node `name` is shown to use.
+    pub fn shown_name(&self, name: String) -> String {
+        let filters = self.filters.borrow();
+        let filter = filters.iter().find(|filter| filter.in_front && filter.over.name == name);
+        filter.map_or(name, |filter| filter.name.clone())
+    }
+
+    fn describe_filter(&self, filter: &Filter) -> NodeInfo {
+        let below = self.describe(&filter.over);
+        let size = below.size;
+        // QEMU shows a filter for streams by all that it is made of, the others by the file they lie on.
+        let file = if filter.driver == "copy-on-read" {
+            let inner = json!({ "driver": below.driver, "file": { "driver": "file", "filename": below.file } });
+            format!("json:{}", spaced(&json!({ "driver": filter.driver, "file": inner })))
+        } else {
+            below.file.clone()
+        };
+        let mut image = json!({ "virtual-size": size, "filename": file, "format": filter.driver, "dirty-flag": false });
+        if let Some(cluster) = below.image.get("cluster-size").filter(|_| filter.driver != "copy-on-read") {
+            image["cluster-size"] = cluster.clone();
+        }
+        NodeInfo {
+            name: filter.name.clone(),
+            driver: filter.driver.to_owned(),
+            read_only: !filter.in_front,
+            file,
+            backing: None,
+            below: None,
+            write_threshold: 0,
+            image,
+            ..below
+        }
     }
 
     fn describe(&self, node: &Rc<GraphNode>) -> NodeInfo {
-        let how = match &node.meaning {
-            Node::File { how, .. } | Node::Format { how, .. } => *how,
-            _ => How::default(),
-        };
+        let how = node.how();
         // A node whose bytes another one on top has opened shows what that one has.
         let holder = self.holder(node);
         let image = node.image.borrow().clone();
@@ -134,7 +184,7 @@ impl Graph {
         NodeInfo {
             name: node.name.clone(),
             driver: node.driver.clone(),
-            read_only: how.read_only == Some(true),
+            read_only: self.shows_read_only(node),
             direct: how.direct.unwrap_or(false),
             no_flush: how.no_flush.unwrap_or(false),
             file,
@@ -144,8 +194,18 @@ impl Graph {
                 image.map(|image| image.file().name().to_owned())
             }),
             below: node.child("backing").map(|below| below.name.clone()),
+            write_threshold: node.threshold.at(),
             image: shown,
         }
+    }
+
+    /// Whether a node is read-only, or was made along with one that is.
+    fn shows_read_only(&self, node: &Rc<GraphNode>) -> bool {
+        let made_along = || {
+            let above = self.users_above(node);
+            node.implicit && !above.is_empty() && above.iter().all(|parent| self.shows_read_only(parent))
+        };
+        node.is_read_only() || made_along()
     }
 
     /// The image on top of a node that has its bytes open.

@@ -1,7 +1,8 @@
 //! Named nodes: a graph of places, formats and filters that users put together piece by piece (`--blockdev`, `blockdev-add`).
 //!
 //! `open` opens what a node stands for; `disks` gives a node to those who use it; `shared` keeps the disks of nodes on each other in step;
-//! `busy` keeps jobs off each other's nodes; `info` says what it is.
+//! `busy` keeps jobs off each other's nodes; `info` says what it is; `change` puts overlays on nodes that are in use; `commit` takes layers
+//! away from under those who use them; `create` makes images in nodes; `reopen` changes what can be changed of them.
 //!
 //! # Invariants
 //! * A node is opened for reading when it is added. It is opened for writing when somebody first wants to write: so a file that is only
@@ -11,25 +12,33 @@
 //! * One change of the graph at a time.
 
 mod busy;
+mod change;
+mod commit;
+mod create;
 mod disks;
 mod info;
 mod open;
+mod reopen;
 mod shared;
 
 pub use busy::Busy;
+pub use change::{Change, Overlay};
+pub use commit::{CommitWish, Committing};
+pub use create::{MadeIn, make_file};
 pub use disks::NodeUse;
 pub use info::NodeInfo;
 
-use crate::node::{Backing, Child, Node, no_node, understand};
+use self::disks::Hold;
+use crate::node::{Backing, Child, How, Node, no_node, understand};
 use crate::options::nest;
 use crate::{Objects, Sources, json, wrong};
 use disk::chain::new_node_name;
-use disk::{Disk, FileOpener};
+use disk::{Disk, FileOpener, Threshold, Told};
 use image::{Error, ErrorKind, Format, Image, Result};
 use ring::sync::Mutex;
 use serde_json::{Map, Value};
 use std::cell::{Cell, RefCell};
-use std::rc::Rc;
+use std::rc::{Rc, Weak};
 use store::Store;
 
 /// Names are no longer than this, in bytes, as QEMU has it.
@@ -42,6 +51,34 @@ struct Edge {
     node: Rc<GraphNode>,
 }
 
+/// The node that a job shows itself by, on top of the one it works on. It does nothing.
+struct Filter {
+    name: String,
+    driver: &'static str,
+    over: Rc<GraphNode>,
+    /// Whoever uses the node is shown to use this.
+    in_front: bool,
+}
+
+/// Shows such a node until it is dropped.
+pub struct FilterShown {
+    filters: Rc<RefCell<Vec<Filter>>>,
+    name: String,
+}
+
+impl FilterShown {
+    /// What it is called.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+}
+
+impl Drop for FilterShown {
+    fn drop(&mut self) {
+        self.filters.borrow_mut().retain(|filter| filter.name != self.name);
+    }
+}
+
 /// A node.
 pub(crate) struct GraphNode {
     name: String,
@@ -50,7 +87,21 @@ pub(crate) struct GraphNode {
     driver: String,
     /// The name of its file as its user wrote it.
     meaning: Node,
-    discard: bool,
+    /// What can be changed of it: how files are opened, and the throttle group.
+    how: Cell<How>,
+    group: RefCell<Option<String>>,
+    discard: Cell<bool>,
+    /// A disk above it closes it when a stream lets go of it: only a header names it.
+    own: bool,
+    /// Goes when nobody uses it any more: no user has made it a node of his own.
+    fleeting: Cell<bool>,
+    /// Something was put on top of it: it is read-only from then on.
+    frozen: Cell<bool>,
+    /// A job writes to it, whatever else is said of it.
+    lifted: Cell<bool>,
+    /// The kind of job that has it.
+    busy: Cell<Option<&'static str>>,
+    threshold: Rc<Threshold>,
     edges: RefCell<Vec<Edge>>,
     store: RefCell<Option<Rc<dyn Store>>>,
     image: RefCell<Option<Rc<dyn Image>>>,
@@ -74,6 +125,15 @@ impl GraphNode {
     fn in_use(&self) -> bool {
         self.readers.get() + self.writers.get() > 0
     }
+
+    fn how(&self) -> How {
+        self.how.get()
+    }
+
+    /// Whether nobody may write to it.
+    fn is_read_only(&self) -> bool {
+        !self.lifted.get() && (self.frozen.get() || self.how().read_only == Some(true))
+    }
 }
 
 /// Whether nodes can be of this driver; none is looked for where it is left open.
@@ -89,6 +149,8 @@ pub struct Graph {
     /// Disks know of each other by it ([`shared`]).
     nodes: Rc<RefCell<Vec<Rc<GraphNode>>>>,
     jobs: Rc<RefCell<Vec<busy::Work>>>,
+    holds: RefCell<Vec<Weak<Hold>>>,
+    filters: Rc<RefCell<Vec<Filter>>>,
     changing: Mutex<()>,
 }
 
@@ -99,6 +161,8 @@ impl Graph {
             sources: Sources::new(FileOpener::default(), objects),
             nodes: Rc::default(),
             jobs: Rc::default(),
+            holds: RefCell::default(),
+            filters: Rc::default(),
             changing: Mutex::new(()),
         }
     }
@@ -157,14 +221,39 @@ impl Graph {
         if name.len() > LONGEST_NAME {
             return Err(wrong("Node name too long"));
         }
-        if self.has(name) {
+        if self.has(name) || self.filters.borrow().iter().any(|filter| filter.name == name) {
             return Err(wrong(format!("Duplicate nodes with node-name='{name}'")));
         }
         Ok(())
     }
 
+    /// Shows a node of `driver` on top of the node `over`, called `name` or by a name of its own; `in_front`: whoever uses that node
+    /// is shown to use this.
+    ///
+    /// # Errors
+    /// In QEMU's words, where the name cannot be, or is taken.
+    pub fn show_filter(
+        &self,
+        name: Option<&str>,
+        driver: &'static str,
+        over: &str,
+        in_front: bool,
+    ) -> Result<FilterShown> {
+        if let Some(name) = name {
+            self.check_name(name)?;
+        }
+        let name = name.map_or_else(new_node_name, str::to_owned);
+        let over = self.find(over).ok_or_else(|| no_node(over))?;
+        self.filters.borrow_mut().push(Filter { name: name.clone(), driver, over, in_front });
+        Ok(FilterShown { filters: Rc::clone(&self.filters), name })
+    }
+
     /// Makes a node and its children; on a failure nothing is left.
-    async fn make(&self, mut tree: Map<String, Value>, implicit: bool) -> Result<Rc<GraphNode>> {
+    async fn make(&self, tree: Map<String, Value>, implicit: bool) -> Result<Rc<GraphNode>> {
+        self.make_as(tree, implicit, implicit).await
+    }
+
+    async fn make_as(&self, mut tree: Map<String, Value>, implicit: bool, own: bool) -> Result<Rc<GraphNode>> {
         let name = match tree.get("node-name") {
             Some(Value::String(name)) => {
                 self.check_name(name)?;
@@ -190,7 +279,15 @@ impl Graph {
             name,
             implicit,
             driver,
-            discard,
+            how: Cell::new(meaning.how()),
+            group: RefCell::new(meaning.group()),
+            discard: Cell::new(discard),
+            own,
+            fleeting: Cell::new(false),
+            frozen: Cell::new(false),
+            lifted: Cell::new(false),
+            busy: Cell::new(None),
+            threshold: Rc::default(),
             edges: RefCell::default(),
             store: RefCell::default(),
             image: RefCell::default(),
@@ -262,8 +359,14 @@ impl Graph {
     /// Takes a node away (`blockdev-del`), and with it what was made along with it.
     pub async fn remove(&self, name: &str) -> Result<()> {
         let _alone = self.changing.lock().await;
-        self.reconcile();
+        self.tidy().await;
+        if self.filters.borrow().iter().any(|filter| filter.name == name) {
+            return Err(Error::new(ErrorKind::Busy, "", None, format!("Node {name} is in use")));
+        }
         let node = self.find(name).ok_or_else(|| wrong(format!("Failed to find node with node-name='{name}'")))?;
+        if node.in_use() || node.busy.get().is_some() {
+            return Err(Error::new(ErrorKind::Busy, "", None, format!("Node {name} is in use")));
+        }
         if let Some((parent, role)) = self.parents(&node).into_iter().next() {
             let what = match role {
                 "backing" => format!("Node '{name}' is busy: node is used as backing hd of '{}'", parent.name),
@@ -273,9 +376,6 @@ impl Graph {
         }
         if node.implicit {
             return Err(wrong(format!("Node {name} is not owned by the monitor")));
-        }
-        if node.in_use() {
-            return Err(Error::new(ErrorKind::Busy, "", None, format!("Node {name} is in use")));
         }
         self.dissolve(&node).await
     }
@@ -287,7 +387,9 @@ impl Graph {
         let edges = std::mem::take(&mut *node.edges.borrow_mut());
         for edge in edges {
             let child = edge.node;
-            if child.implicit && self.parents(&child).is_empty() {
+            if child.implicit && child.in_use() {
+                child.fleeting.set(true);
+            } else if child.implicit && self.parents(&child).is_empty() {
                 outcome = outcome.and(Box::pin(self.dissolve(&child)).await);
             } else if !child.is_open() && self.is_there(&child) {
                 // It stays what it was before somebody lay on it.
@@ -295,6 +397,42 @@ impl Graph {
             }
         }
         outcome
+    }
+
+    /// Follows what streams have done, and takes away what was there for somebody who is gone.
+    async fn tidy(&self) {
+        self.reconcile();
+        loop {
+            let is_left =
+                |node: &&Rc<GraphNode>| node.fleeting.get() && !node.in_use() && self.parents(node).is_empty();
+            let left = self.nodes.borrow().iter().find(is_left).cloned();
+            let Some(node) = left else { return };
+            if let Err(error) = self.dissolve(&node).await {
+                tracing::warn!(node = node.name, %error, "could not be closed");
+            }
+        }
+    }
+
+    /// Takes away nodes that were there only for somebody who uses them no longer (an overlay that `blockdev-snapshot-sync` made).
+    pub async fn sweep(&self) {
+        let _alone = self.changing.lock().await;
+        self.tidy().await;
+    }
+
+    /// Whether nobody may write to the node `name`.
+    pub fn is_read_only(&self, name: &str) -> bool {
+        self.find(name).is_some_and(|node| node.is_read_only())
+    }
+
+    /// Tells `told` when something is written behind `at` of the node `name`, in a guest's bytes as the node shows them or in those of
+    /// its file; 0: no longer.
+    ///
+    /// # Errors
+    /// There is no such node.
+    pub fn set_threshold(&self, name: &str, at: u64, told: Told) -> Result<()> {
+        let node = self.find(name).ok_or_else(|| wrong(format!("Device '{name}' not found")))?;
+        node.threshold.set(at, told);
+        Ok(())
     }
 
     /// Closes everything, tops first.

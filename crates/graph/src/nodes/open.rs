@@ -1,7 +1,7 @@
 //! Opening what a node stands for, for reading and, later, for writing.
 
 use super::{Edge, Graph, GraphNode};
-use crate::node::{How, Node};
+use crate::node::{Backing, Child, How, Node};
 use crate::wrong;
 use disk::chain::{ChainOptions, Layer, new_node_name, open_chain};
 use disk::{DiskStore, Opener};
@@ -30,24 +30,29 @@ impl Companions for FilesOf<'_> {
 impl Graph {
     /// Opens `node`, whose children are there. What was open of it is closed before.
     pub(super) async fn open(&self, node: &Rc<GraphNode>, writable: bool) -> Result<()> {
-        let how = match &node.meaning {
-            Node::File { how, .. } | Node::Format { how, .. } => *how,
-            _ => How::default(),
-        };
-        if writable && how.read_only == Some(true) {
+        let how = node.how();
+        if writable && node.is_read_only() {
             return Err(wrong("Block node is read-only"));
         }
         match &node.meaning {
             Node::File { .. } | Node::Null { .. } | Node::Nbd(_) => {
-                let store = self.sources.node(node.meaning.clone(), &node.name, !writable, false, how).await?;
+                let mut meaning = node.meaning.clone();
+                if let Node::File { how, .. } = &mut meaning {
+                    *how = node.how();
+                    if node.lifted.get() {
+                        how.read_only = None;
+                    }
+                }
+                let store = self.sources.node(meaning, &node.name, !writable, false, how).await?;
                 *node.store.borrow_mut() = Some(store);
             }
             Node::Debug { rules, .. } => {
                 let below = self.bytes_of(node, "image", writable).await?;
                 *node.store.borrow_mut() = Some(DebugStore::new(below, rules.clone()));
             }
-            Node::Throttle { group, .. } => {
-                let group = self.sources.objects().group(group)?;
+            Node::Throttle { .. } => {
+                let group = node.group.borrow().clone().unwrap_or_default();
+                let group = self.sources.objects().group(&group)?;
                 let below = self.bytes_of(node, "file", writable).await?;
                 *node.store.borrow_mut() = Some(ThrottleStore::new(below, group));
             }
@@ -80,7 +85,11 @@ impl Graph {
     /// What a child of `node` holds, as bytes.
     async fn bytes_of(&self, node: &GraphNode, role: &str, writable: bool) -> Result<Rc<dyn Store>> {
         let child = node.child(role).ok_or_else(|| wrong(format!("Node '{}' has no child '{role}'", node.name)))?;
-        if writable {
+        if writable && node.lifted.get() {
+            // Whoever looks through what lies above is stopped.
+            child.lifted.set(child.implicit);
+            Box::pin(self.open_for_writing(&child)).await?;
+        } else if writable {
             Box::pin(self.make_writable(&child)).await?;
         } else if child.store.borrow().is_none() && child.image.borrow().is_none() {
             Box::pin(self.open(&child, false)).await?;
@@ -110,35 +119,69 @@ impl Graph {
         if node.writable.get() {
             return Ok(());
         }
-        let how = match &node.meaning {
-            Node::File { how, .. } | Node::Format { how, .. } => *how,
-            _ => How::default(),
-        };
-        if how.read_only == Some(true) {
+        if node.is_read_only() {
             return Err(wrong("Block node is read-only"));
         }
         // Whoever has it below an image can wait a moment; whoever takes it for bytes has them open.
-        let watched =
-            self.parents(node).into_iter().find(|(parent, role)| *role != "backing" && parent.disk.borrow().is_some());
+        let mut by_bytes = self.users_above(node);
+        by_bytes.extend(by_bytes.clone().iter().flat_map(|parent| self.ancestors(parent)));
+        let watched = by_bytes.iter().find(|parent| parent.in_use());
         if node.in_use() || watched.is_some() {
-            let by = watched.map_or_else(String::new, |(parent, _)| format!(" by '{}'", parent.name));
+            let by = watched.map_or_else(String::new, |parent| format!(" by '{}'", parent.name));
             let what = format!(
                 "Conflicts with use{by}: '{}' is being read, and cannot be opened for writing until that has ended",
                 node.name
             );
             return Err(Error::new(ErrorKind::Busy, "", None, what));
         }
-        let above = self.quiet_above(node).await?;
-        self.close_content(node).await?;
-        let opened = Box::pin(self.open(node, true)).await;
-        if opened.is_err() {
-            // It goes on being what it was.
-            if let Err(worse) = Box::pin(self.open(node, false)).await {
-                tracing::error!(node = node.name, error = %worse, "could not be opened again for reading");
+        // Disks that somebody used once and that show this node: they are made anew when they are asked for.
+        for parent in self.ancestors(node).into_iter().filter(|parent| !parent.in_use()) {
+            let disk = parent.disk.borrow_mut().take();
+            if let Some(disk) = disk.filter(|_| !matches!(parent.meaning, Node::CopyOnRead { .. })) {
+                disk.retire().await?;
             }
         }
-        let shown = self.exchange_above(node, &above).await;
+        let disk = node.disk.borrow_mut().take();
+        if let Some(disk) = disk.filter(|_| !matches!(node.meaning, Node::CopyOnRead { .. })) {
+            disk.retire().await?;
+        }
+        let mut above = self.drain_above(node).await?;
+        let opened = self.open_for_writing(node).await;
+        let shown = self.exchange_above(node, &mut above).await;
         opened.and(shown)
+    }
+
+    /// The same, where nobody looks.
+    pub(super) async fn open_for_writing(&self, node: &Rc<GraphNode>) -> Result<()> {
+        if node.writable.get() {
+            return Ok(());
+        }
+        self.close_image(node).await?;
+        match Box::pin(self.open(node, true)).await {
+            Ok(()) => Ok(()),
+            Err(error) => {
+                // It goes on being what it was.
+                if let Err(worse) = Box::pin(self.open(node, false)).await {
+                    tracing::error!(node = node.name, error = %worse, "could not be opened again for reading");
+                }
+                Err(error)
+            }
+        }
+    }
+
+    /// Everything that lies on `node`, however far above.
+    pub(super) fn ancestors(&self, node: &Rc<GraphNode>) -> Vec<Rc<GraphNode>> {
+        let mut found: Vec<Rc<GraphNode>> = Vec::new();
+        let mut left = vec![Rc::clone(node)];
+        while let Some(node) = left.pop() {
+            for (parent, _) in self.parents(&node) {
+                if !found.iter().any(|other| Rc::ptr_eq(other, &parent)) {
+                    found.push(Rc::clone(&parent));
+                    left.push(parent);
+                }
+            }
+        }
+        found
     }
 
     /// What the header of `node`'s image names goes below it, as nodes of their own.
@@ -174,13 +217,19 @@ impl Graph {
         Ok(())
     }
 
-    /// Closes what is open of a node.
-    async fn close_content(&self, node: &GraphNode) -> Result<()> {
+    /// Closes what is open of a node, and the disk that shows it.
+    pub(super) async fn close_content(&self, node: &GraphNode) -> Result<()> {
         let disk = node.disk.borrow_mut().take();
-        let mut outcome = match disk {
+        let outcome = match disk {
             Some(disk) if !matches!(node.meaning, Node::CopyOnRead { .. }) => disk.retire().await,
             _ => Ok(()),
         };
+        outcome.and(self.close_image(node).await)
+    }
+
+    /// Closes what is open of a node; a disk that shows it is stopped.
+    pub(super) async fn close_image(&self, node: &GraphNode) -> Result<()> {
+        let mut outcome = Ok(());
         let image = node.image.borrow_mut().take();
         let store = node.store.borrow_mut().take();
         if let Some(image) = image {
@@ -219,14 +268,22 @@ fn forget(node: &GraphNode) {
 fn implicit_image(layer: Layer) -> (Rc<GraphNode>, Rc<GraphNode>) {
     let Layer { node: name, image, .. } = layer;
     let how = How { read_only: Some(true), ..How::default() };
-    let meaning = Node::File { path: image.file().name().into(), how };
-    let node = |name: String, driver: &str, edges: Vec<Edge>, image: Option<Rc<dyn Image>>| {
+    let path = Node::File { path: image.file().name().into(), how };
+    let node = |name: String, driver: &str, meaning: Node, edges: Vec<Edge>, image: Option<Rc<dyn Image>>| {
         Rc::new(GraphNode {
             name,
             implicit: true,
             driver: driver.to_owned(),
-            meaning: meaning.clone(),
-            discard: false,
+            how: Cell::new(meaning.how()),
+            group: RefCell::default(),
+            meaning,
+            discard: Cell::new(false),
+            own: true,
+            fleeting: Cell::new(false),
+            frozen: Cell::new(false),
+            lifted: Cell::new(false),
+            busy: Cell::new(None),
+            threshold: Rc::default(),
             edges: RefCell::new(edges),
             store: RefCell::default(),
             image: RefCell::new(image),
@@ -237,8 +294,12 @@ fn implicit_image(layer: Layer) -> (Rc<GraphNode>, Rc<GraphNode>) {
         })
     };
     // It has nothing open of its own: what lies in it does.
-    let file = node(new_node_name(), image.file().protocol(), Vec::new(), None);
+    let file = node(new_node_name(), image.file().protocol(), path, Vec::new(), None);
     let edges = vec![Edge { role: "file", node: Rc::clone(&file) }];
+    // So that it can be opened again.
+    let format = Some(image.format());
+    let (child, below) = (Child::Node(file.name.clone()), Backing::Nothing);
+    let meaning = Node::Format { format, file: child, below, key_secret: None, how, part: None };
     let driver = image.format().name();
-    (file, node(name, driver, edges, Some(image)))
+    (file, node(name, driver, meaning, edges, Some(image)))
 }

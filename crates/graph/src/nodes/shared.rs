@@ -6,7 +6,7 @@
 //! * What a stream into such a node lets go of is let go of by all who lie on it, before it is closed.
 
 use super::{Graph, GraphNode};
-use disk::{Disk, LetGo, Quiet, Sharers};
+use disk::{Disk, Drained, LetGo, Sharers};
 use futures_util::future::join_all;
 use image::Result;
 use std::cell::RefCell;
@@ -29,22 +29,32 @@ fn disks_over(nodes: &[Rc<GraphNode>], name: &str) -> Vec<Rc<Disk>> {
 
 impl Graph {
     /// Lets nobody into the disks of nodes that lie on `node`.
-    pub(super) async fn quiet_above(&self, node: &GraphNode) -> Result<Vec<Quiet>> {
+    pub(super) async fn drain_above(&self, node: &GraphNode) -> Result<Vec<Drained>> {
         let over = disks_over(&self.nodes.borrow(), &node.name);
-        let mut quiet = Vec::new();
+        let mut above = Vec::new();
         for disk in over {
-            quiet.push(disk.quiet().await?);
+            let drained = disk.drain().await?;
+            if !disk.read_only() {
+                drained.flush().await?;
+            }
+            above.push(drained);
         }
-        Ok(quiet)
+        Ok(above)
     }
 
     /// Shows the disks on `node`, which wait, what it is now.
-    pub(super) async fn exchange_above(&self, node: &GraphNode, quiet: &[Quiet]) -> Result<()> {
-        if !quiet.is_empty() {
-            let image = self.image_of(node).await?;
-            for disk in quiet {
-                disk.exchange(&node.name, &image);
+    pub(super) async fn exchange_above(&self, node: &GraphNode, above: &mut [Drained]) -> Result<()> {
+        if above.is_empty() {
+            return Ok(());
+        }
+        let image = self.image_of(node).await?;
+        for drained in above {
+            let mut layers = drained.chain().to_vec();
+            for layer in layers.iter_mut().skip(1).filter(|layer| layer.node == node.name) {
+                layer.image = Rc::clone(&image);
             }
+            let options = drained.options();
+            drained.put(layers, options);
         }
         Ok(())
     }

@@ -106,6 +106,11 @@ async fn start(line: &Line, engine: &Engine) -> Result<(), String> {
         let done = act(option, action, engine, &mut chardevs).await;
         done.map_err(|failure| format!("{option}: {}", failure.desc))?;
     }
+    let admitted = engine.on_nodes(|shard| async move {
+        shard.admit_nbd_clients();
+        Ok(())
+    });
+    admitted.await.map_err(|failure| failure.desc)?;
     if let Some(path) = &line.pid_file {
         write_pid(path)?;
     }

@@ -1,5 +1,6 @@
 //! The job against a target as awkward as need be, under the deterministic executor.
 
+mod commit;
 mod errors;
 mod life;
 mod pace;
@@ -29,6 +30,7 @@ impl World {
 
     fn start(&self, target: &Rc<Sketch>, change: impl FnOnce(&mut Start)) -> Result<(), JobError> {
         let mut start = Start {
+            kind: "stream",
             id: Some("j".into()),
             device: "disk".into(),
             speed: 0,
@@ -84,6 +86,7 @@ fn short(event: &Event) -> String {
             format!("ERROR {} {}", if *write { "write" } else { "read" }, action.name())
         }
         Event::Pending { .. } => "PENDING".into(),
+        Event::Ready { .. } => "READY".into(),
     }
 }
 
