@@ -39,6 +39,8 @@ pub(crate) struct Kept {
     pub(crate) settled: Event,
     /// The job that has the disk.
     pub(crate) claim: Rc<RefCell<Option<String>>>,
+    /// The lowest layer (its node) that copy-on-read copies from, if it is not to copy from all.
+    pub(crate) copies_down_to: Rc<RefCell<Option<String>>>,
 }
 
 /// The state of one disk over one chain.
