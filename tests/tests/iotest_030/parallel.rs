@@ -9,14 +9,14 @@ use crate::{MIB, World, everywhere, nothing_runs, raw_node};
 
 /// Streams that run side by side.
 const STREAMS: usize = 4;
-const IMAGES: usize = 2 * STREAMS + 1;
+pub(crate) const IMAGES: usize = 2 * STREAMS + 1;
 
-fn image(n: usize) -> String {
+pub(crate) fn image(n: usize) -> String {
     format!("img-{n}")
 }
 
 /// `img-0`, raw, below eight others, of which every other one has data; what the disk reads as.
-fn chain(world: &World) -> Result<Vec<u8>> {
+pub(crate) fn chain(world: &World) -> Result<Vec<u8>> {
     let size = STREAMS as u64 * 4 * MIB;
     world.raw(&image(0), size)?;
     let mut disk = std::fs::read(world.at(&image(0)))?;
@@ -32,7 +32,7 @@ fn chain(world: &World) -> Result<Vec<u8>> {
     Ok(disk)
 }
 
-fn start(world: &World) -> Result<Storage> {
+pub(crate) fn start(world: &World) -> Result<Storage> {
     let mut chain = raw_node("node0", &image(0));
     for n in 1..IMAGES {
         chain = world.node(&format!("node{n}"), &image(n), Some(chain));
@@ -40,7 +40,7 @@ fn start(world: &World) -> Result<Storage> {
     world.start(&chain)
 }
 
-fn guest_reads(world: &World) -> Result<Vec<u8>> {
+pub(crate) fn guest_reads(world: &World) -> Result<Vec<u8>> {
     let mut guest = Client::connect(&world.at("nbd.sock"))?;
     let read = guest.read(0, u32::try_from(guest.size())?)?;
     guest.disconnect()?;
