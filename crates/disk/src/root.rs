@@ -119,8 +119,11 @@ impl Root {
     }
 
     fn put(&self, layers: Vec<Layer>, options: DiskOptions) {
-        let kept = self.now().kept.clone();
-        *self.inner.borrow_mut() = Inner::new(&self.name, layers, options, kept);
+        let old = self.now();
+        let new = Inner::new(&self.name, layers, options, old.kept.clone());
+        // Where the top is the same, a flush still owes what was written before.
+        new.flusher.take_over(&old.flusher);
+        *self.inner.borrow_mut() = new;
     }
 }
 
