@@ -231,7 +231,8 @@ fn a_guest_writes_on_while_overlays_are_put_under_it() -> Result {
         top = name;
     }
     let last = writer.stop()?;
-    qmp.execute("block-export-del", json!({"id": "e"}))?;
+    // The server may not have heard yet that its client is gone.
+    qmp.execute("block-export-del", json!({"id": "e", "mode": "hard"}))?;
     // Nothing holds the overlays any more, while the daemon runs on.
     for image in &images {
         check(image)?.ok()?;
@@ -322,7 +323,7 @@ fn filters_follow_to_the_overlay() -> Result {
     let data = json!({"node-name": "fmt", "snapshot-file": "a.qcow2", "snapshot-node-name": "a"});
     qmp.execute("blockdev-snapshot-sync", data)?;
     qemu_io("raw", uri, &["read -P 7 0 64k", "write -P 8 64k 64k", "read -P 5 1M 300k"])?;
-    qmp.execute("block-export-del", json!({"id": "e"}))?;
+    qmp.execute("block-export-del", json!({"id": "e", "mode": "hard"}))?;
     for node in ["cor", "fmt", "prot"] {
         qmp.execute("blockdev-del", json!({"node-name": node}))?;
     }

@@ -56,6 +56,16 @@ impl Flusher {
         self.changes.set(self.changes.get() + 1);
     }
 
+    /// Takes over what another one, over the same image, has not made durable.
+    pub(crate) fn take_over(&self, other: &Self) {
+        if other.changes != other.durable {
+            self.changed();
+        }
+        if other.has_unsettled() {
+            self.mapped();
+        }
+    }
+
     /// A guest's change needs tables that are changed in memory.
     pub(crate) fn mapped(&self) {
         self.mapped.set(self.mapped.get() + 1);

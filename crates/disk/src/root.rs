@@ -6,7 +6,8 @@
 //! **Invariants.**
 //! * A chain takes another's place only while the door is shut and nobody is inside.
 //! * A request that was held inside for want of a source when the door was shut goes out and comes back in: it is not failed.
-//! * What belongs to the disk and not to its chain (counters, the job that has it, who waits for a commit) is [`Kept`](crate::disk::Kept).
+//! * What belongs to the disk and not to its chain (counters, the job that has it, who waits for a commit) is kept
+//!   (`disk::Kept`).
 
 use crate::dirty::Dirty;
 use crate::disk::Inner;
@@ -119,8 +120,11 @@ impl Root {
     }
 
     fn put(&self, layers: Vec<Layer>, options: DiskOptions) {
-        let kept = self.now().kept.clone();
-        *self.inner.borrow_mut() = Inner::new(&self.name, layers, options, kept);
+        let old = self.now();
+        let new = Inner::new(&self.name, layers, options, old.kept.clone());
+        // Where the top is the same, a flush still owes what was written before.
+        new.flusher.take_over(&old.flusher);
+        *self.inner.borrow_mut() = new;
     }
 }
 

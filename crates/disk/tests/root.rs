@@ -11,7 +11,7 @@ use layout::{GuestOffset, GuestRange};
 use ring::sim::Sim;
 use std::rc::Rc;
 use std::time::Duration;
-use store::Operation::{Read, Write};
+use store::Operation::{Flush, Read, Write};
 use store::fault::{Action, Match};
 
 const UNIT: u64 = 65536;
@@ -103,6 +103,22 @@ fn who_is_held_for_want_of_a_source_is_sent_out_and_comes_back() {
         assert_eq!(reader.await.unwrap(), base[7..107]);
         writer.await.unwrap();
         assert_eq!(read(&disk, UNIT + 7, 100).await.unwrap(), [3; 100]);
+        disk.close().await.unwrap();
+    });
+}
+
+#[test]
+fn what_was_written_before_is_flushed_after() {
+    Sim::new(5).block_on(async {
+        let (world, disk, _, _) = world(5, false).await;
+        write(&disk, 0, &[1; 512]).await.unwrap();
+        disk.flush().await.unwrap();
+        // In place: no table changes.
+        write(&disk, 0, &[2; 512]).await.unwrap();
+        let before = world.begun("top", Flush).len();
+        drop(disk.drain().await.unwrap());
+        disk.flush().await.unwrap();
+        assert!(world.begun("top", Flush).len() > before, "the flush owed it");
         disk.close().await.unwrap();
     });
 }
