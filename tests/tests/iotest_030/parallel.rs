@@ -1,7 +1,7 @@
 //! Nine images on each other, and several streams in them.
 
 use headwater_tests::nbd::Client;
-use headwater_tests::storage::Storage;
+use headwater_tests::storage::{Kind, Storage};
 use headwater_tests::{Result, peer};
 use serde_json::{Value, json};
 
@@ -9,14 +9,14 @@ use crate::{MIB, World, everywhere, nothing_runs, raw_node};
 
 /// Streams that run side by side.
 const STREAMS: usize = 4;
-const IMAGES: usize = 2 * STREAMS + 1;
+pub(crate) const IMAGES: usize = 2 * STREAMS + 1;
 
-fn image(n: usize) -> String {
+pub(crate) fn image(n: usize) -> String {
     format!("img-{n}")
 }
 
 /// `img-0`, raw, below eight others, of which every other one has data; what the disk reads as.
-fn chain(world: &World) -> Result<Vec<u8>> {
+pub(crate) fn chain(world: &World) -> Result<Vec<u8>> {
     let size = STREAMS as u64 * 4 * MIB;
     world.raw(&image(0), size)?;
     let mut disk = std::fs::read(world.at(&image(0)))?;
@@ -32,7 +32,7 @@ fn chain(world: &World) -> Result<Vec<u8>> {
     Ok(disk)
 }
 
-fn start(world: &World) -> Result<Storage> {
+pub(crate) fn start(world: &World) -> Result<Storage> {
     let mut chain = raw_node("node0", &image(0));
     for n in 1..IMAGES {
         chain = world.node(&format!("node{n}"), &image(n), Some(chain));
@@ -40,7 +40,7 @@ fn start(world: &World) -> Result<Storage> {
     world.start(&chain)
 }
 
-fn guest_reads(world: &World) -> Result<Vec<u8>> {
+pub(crate) fn guest_reads(world: &World) -> Result<Vec<u8>> {
     let mut guest = Client::connect(&world.at("nbd.sock"))?;
     let read = guest.read(0, u32::try_from(guest.size())?)?;
     guest.disconnect()?;
@@ -101,6 +101,19 @@ fn streams_that_overlap_are_refused() -> Result {
         assert_eq!(within, busy("node3"));
         let same = daemon.refuses("block-stream", json!({"device": "node4", "job-id": "j4"}))?;
         assert_eq!(same, busy("node4"));
+        // Nor in a stream and a commit, which rewrites the header above what it takes away, too. Ours looks from the active layer down, and
+        // names what it meets first.
+        for (arguments, met) in [
+            (json!({"base": image(4)}), "stream-filter"),
+            (json!({"base": image(1), "top": image(3)}), "node3"),
+            (json!({"base": image(0), "top": image(1)}), "node2"),
+        ] {
+            let mut arguments = arguments;
+            (arguments["device"], arguments["job-id"]) = (json!("node8"), json!("c"));
+            let said = daemon.refuses("block-commit", arguments)?;
+            let ours = world.kind == Kind::Ours && said == busy("node4");
+            assert!(ours || said == busy(met), "{met}: {said}");
+        }
         daemon.does("block-job-set-speed", json!({"device": "stream-node4", "speed": 0}))?;
         daemon.completed("stream-node4")?;
         nothing_runs(&mut daemon)?;
