@@ -9,7 +9,7 @@ use std::time::Duration;
 use headwater_tests::process::finish;
 use headwater_tests::qemu::{check, compare, info, qemu_io};
 use headwater_tests::random::Random;
-use headwater_tests::twins::Say::{self, Do, Hear};
+use headwater_tests::twins::Say::{self, Do, Hear, Io};
 use headwater_tests::twins::{Both, GRAPH, KINDS, Storage, converse};
 use headwater_tests::writer::{BLOCK, Writer, holds, shown};
 use headwater_tests::{Result, error, peer};
@@ -247,6 +247,81 @@ fn an_overlay_comes_and_is_committed_back() -> Result {
     }
     converse(&both, &GRAPH, &steps)?;
     same(&both, "top.qcow2")
+}
+
+/// Below a snapshot: the image above the layers that go is one that nobody writes to any more.
+#[test]
+fn layers_go_from_below_a_frozen_image() -> Result {
+    peer!("headwater", "qemu-storage-daemon", "qemu-img", "qemu-io");
+    let both = Both::new()?;
+    let on = |more: &Value| {
+        let mut arguments = json!({"device": "x", "job-id": "j"});
+        for (key, value) in more.as_object().into_iter().flatten() {
+            arguments[key] = value.clone();
+        }
+        Do("block-commit", arguments)
+    };
+    let mut steps = Vec::from(serve());
+    steps.extend([
+        Do(
+            "blockdev-snapshot-sync",
+            json!({"node-name": "fmt", "snapshot-file": "a.qcow2", "snapshot-node-name": "x"}),
+        ),
+        Io("write -P 3 512k 64k"),
+        on(&json!({"top-node": "mid"})),
+        Hear("BLOCK_JOB_COMPLETED"),
+        nodes(),
+        Do("blockdev-del", json!({"node-name": "mid"})),
+        Io("read -P 5 1M 300k"),
+        on(&json!({})),
+        Hear("BLOCK_JOB_READY"),
+        Io("write -P 4 3M 64k"),
+        verb("job-complete"),
+        Hear("BLOCK_JOB_COMPLETED"),
+        nodes(),
+        Do("query-block-exports", json!({})),
+        Io("read -P 4 3M 64k"),
+        Io("read -P 3 512k 64k"),
+    ]);
+    converse(&both, &GRAPH, &steps)?;
+    for file in ["base.raw", "top.qcow2"] {
+        same(&both, file)?;
+    }
+    for kind in KINDS {
+        assert_eq!(info(&both.at(kind).join("top.qcow2"))?["backing-filename"], "base.raw", "{kind}");
+    }
+    Ok(())
+}
+
+/// A stream shows itself by a node, too.
+#[test]
+fn streams_are_shown_by_the_node_that_is_named_for_them() -> Result {
+    peer!("headwater", "qemu-storage-daemon", "qemu-img", "qemu-io");
+    let both = Both::new()?;
+    let stream = |more: &Value| {
+        let mut arguments = json!({"device": "fmt", "job-id": "j"});
+        for (key, value) in more.as_object().into_iter().flatten() {
+            arguments[key] = value.clone();
+        }
+        Do("block-stream", arguments)
+    };
+    let mut steps = Vec::from(serve());
+    steps.extend([
+        stream(&json!({"filter-node-name": "mid"})),
+        stream(&json!({"filter-node-name": "1x"})),
+        stream(&json!({"base-node": "base", "filter-node-name": "flt", "auto-finalize": false})),
+        Hear("BLOCK_JOB_PENDING"),
+        nodes(),
+        Do("query-block-exports", json!({})),
+        Do("blockdev-del", json!({"node-name": "flt"})),
+        Do("blockdev-add", json!({"driver": "null-co", "node-name": "flt"})),
+        commit(&json!({"job-id": "k"})),
+        verb("job-finalize"),
+        Hear("BLOCK_JOB_COMPLETED"),
+        nodes(),
+        Do("query-block-exports", json!({})),
+    ]);
+    converse(&both, &GRAPH, &steps)
 }
 
 /// The line of a daemon with the chain, served.

@@ -340,3 +340,35 @@ fn filters_follow_to_the_overlay() -> Result {
     daemon.exits()?;
     Ok(())
 }
+
+/// A filter with a lowest layer keeps what comes from there and above, and nothing of what comes from below.
+#[test]
+fn a_filter_copies_down_to_its_bottom_only() -> Result {
+    peer!("headwater", "qemu-storage-daemon", "qemu-img", "qemu-io");
+    let both = Both::new()?;
+    let mut maps = Vec::new();
+    for kind in KINDS {
+        let dir = both.at(kind);
+        let mut words = GRAPH.to_vec();
+        words.extend(["--blockdev", "copy-on-read,node-name=cor,file=fmt,bottom=mid"]);
+        words.extend(["--nbd-server", "addr.type=unix,addr.path=nbd.sock"]);
+        words.extend(["--export", "nbd,id=e,node-name=cor,writable=on,name=disk"]);
+        let Storage { mut daemon, mut qmp } = both.start(kind, &words)?;
+        let uri = format!("nbd+unix:///disk?socket={}", dir.join("nbd.sock").display());
+        qemu_io("raw", Path::new(&uri), &["read 0 512k", "read -P 5 1M 300k", "read 3M 1M"])?;
+        let none = qmp.refused(
+            "blockdev-add",
+            json!({"driver": "copy-on-read", "node-name": "c", "file": "fmt", "bottom": "nope"}),
+        )?;
+        daemon.terminate()?;
+        let image = dir.join("top.qcow2");
+        check(&image)?.ok()?;
+        let map = finish(Command::new("qemu-img").args(["map", "--output=json"]).arg(&image))?.ok()?;
+        let map: Vec<Value> = serde_json::from_str(&map)?;
+        let own =
+            map.into_iter().filter(|run| run["depth"] == 0).map(|run| (run["start"].clone(), run["length"].clone()));
+        maps.push((none, own.collect::<Vec<_>>()));
+    }
+    assert_eq!(maps[0], maps[1]);
+    Ok(())
+}

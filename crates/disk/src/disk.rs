@@ -42,6 +42,8 @@ pub(crate) struct Kept {
     pub(crate) claim: Rc<RefCell<Option<String>>>,
     /// Who else shows the layers that a stream lets go of.
     pub(crate) sharers: Rc<RefCell<Option<Sharers>>>,
+    /// The lowest layer (its node) that copy-on-read copies from, if it is not to copy from all.
+    pub(crate) copies_down_to: Rc<RefCell<Option<String>>>,
 }
 
 /// The state of one disk over one chain.

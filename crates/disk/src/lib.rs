@@ -169,6 +169,12 @@ impl Disk {
         inner.options.set(DiskOptions { copy_on_read: on, ..inner.options.get() });
     }
 
+    /// Copy-on-read keeps nothing of what comes from below this layer (its node); `None`: it keeps all. A cluster that holds both is
+    /// kept whole.
+    pub fn set_copies_down_to(&self, node: Option<String>) {
+        *self.root.now().kept.copies_down_to.borrow_mut() = node;
+    }
+
     /// Alignment (bytes, a power of two) below which requests cost a read-modify-write.
     pub fn request_alignment(&self) -> u32 {
         self.root.now().top.store().limits().offset_align

@@ -140,6 +140,13 @@ impl Inner {
         self.options.get().copy_on_read && view.depth() > 1 && !self.read_only()
     }
 
+    /// The index of the lowest layer that is copied from.
+    fn copies_down_to(&self, view: &View) -> usize {
+        let down_to = self.kept.copies_down_to.borrow();
+        let place = down_to.as_ref().and_then(|node| view.layers.iter().position(|layer| layer.node == *node));
+        place.unwrap_or(usize::MAX)
+    }
+
     /// Plans a read of `run`, which the top does not have, so that what comes from below can be kept: whole clusters are
     /// fetched into memory of our own, single-flight. Known zeros are not worth keeping; nor is anything when the memory
     /// for it is used up.
@@ -151,17 +158,19 @@ impl Inner {
         into: &Iov,
         pieces: &mut Pieces,
     ) -> Result<()> {
+        let lowest = self.copies_down_to(view);
         let mut rest = run;
         while !rest.is_empty() {
             let at = at + usize_of(rest.start() - run.start());
             let below = view.resolve(1, view.depth(), rest).await?;
-            let (Found::Data(..) | Found::Packed(_)) = below.found else {
+            let (Found::Data(layer, _) | Found::Packed(layer)) = below.found else {
                 into.slice(at..at + usize_of(below.len)).fill(0);
                 rest = rest.skip(below.len);
                 continue;
             };
             let wanted = rest.first(below.len);
-            if let Some(fetch) = self.fetch_to_keep(view, wanted) {
+            let fetch = if layer > lowest { None } else { self.fetch_to_keep(view, wanted) };
+            if let Some(fetch) = fetch {
                 // The run ends where the top has clusters of its own; a fetch may reach further than this read.
                 let part = wanted.intersect(fetch.range());
                 rest = rest.skip(part.len());

@@ -6,7 +6,7 @@
 //! **Invariants.**
 //! * A chain takes another's place only while the door is shut and nobody is inside.
 //! * A request that was held inside for want of a source when the door was shut goes out and comes back in: it is not failed.
-//! * What belongs to the disk and not to its chain (counters, the job that has it, who waits for a commit) is [`Kept`].
+//! * What belongs to the disk and not to its chain (counters, the job that has it, who waits for a commit) is [`Kept`](crate::disk::Kept).
 
 use crate::dirty::Dirty;
 use crate::disk::Inner;

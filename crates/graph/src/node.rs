@@ -51,7 +51,7 @@ pub(crate) enum Node {
     /// A store that keeps to the rates of a group.
     Throttle { group: String, file: Child },
     /// A disk that keeps what is read from below.
-    CopyOnRead { file: Child },
+    CopyOnRead { file: Child, bottom: Option<String> },
     /// An image.
     Format { format: Option<Format>, file: Child, below: Backing, key_secret: Option<String>, how: How, part: Part },
 }
@@ -331,8 +331,9 @@ fn throttle(mut keys: Keys) -> Result<Node, Error> {
 
 fn copy_on_read(mut keys: Keys) -> Result<Node, Error> {
     let file = needed(child(&mut keys, "file")?, "file")?;
+    let bottom = keys.text("bottom")?;
     finish_protocol(keys, "copy-on-read")?;
-    Ok(Node::CopyOnRead { file })
+    Ok(Node::CopyOnRead { file, bottom })
 }
 
 fn format(mut keys: Keys, driver: &str, how: How) -> Result<Node, Error> {

@@ -120,7 +120,11 @@ fn node_is_served(node: &Node, refers: &mut Refers, depth: usize) -> Result<(), 
             refers.objects.push(group.clone());
             child_is_served(file, refers, depth)
         }
-        Node::Debug { file, .. } | Node::CopyOnRead { file } => child_is_served(file, refers, depth),
+        Node::Debug { file, .. } => child_is_served(file, refers, depth),
+        Node::CopyOnRead { file, bottom } => {
+            refers.to.extend(bottom.clone());
+            child_is_served(file, refers, depth)
+        }
         Node::Format { file, below, key_secret, .. } => {
             refers.objects.extend(key_secret.clone());
             child_is_served(file, refers, depth)?;

@@ -128,7 +128,11 @@ impl Sources {
                     let group = self.objects.group(&group)?;
                     ThrottleStore::new(self.store(file.name()?, read_only, below, above).await?, group)
                 }
-                Node::CopyOnRead { file } => {
+                Node::CopyOnRead { bottom: Some(bottom), .. } => {
+                    // There are no nodes here that could be called so.
+                    return Err(wrong(format!("Bottom node '{bottom}' not found")));
+                }
+                Node::CopyOnRead { file, bottom: None } => {
                     if read_only {
                         return Err(wrong("Block node is read-only"));
                     }

@@ -125,10 +125,11 @@ impl Graph {
         if let Some(disk) = node.disk.borrow().clone() {
             return Ok(disk);
         }
-        let disk = if let Node::CopyOnRead { .. } = node.meaning {
+        let disk = if let Node::CopyOnRead { bottom, .. } = &node.meaning {
             let child = node.child("file").ok_or_else(|| wrong("A copy-on-read node needs a file"))?;
             let disk = Box::pin(self.disk_of(&child)).await?;
             disk.set_copy_on_read(true);
+            disk.set_copies_down_to(bottom.clone());
             disk
         } else {
             let options = DiskOptions { discard: node.discard.get(), ..DiskOptions::default() };

@@ -129,7 +129,7 @@ impl Graph {
             below.file.clone()
         };
         let mut image = json!({ "virtual-size": size, "filename": file, "format": filter.driver, "dirty-flag": false });
-        if let Some(cluster) = below.image.get("cluster-size").filter(|_| filter.driver != "copy-on-read") {
+        if let Some(cluster) = below.image.get("cluster-size") {
             image["cluster-size"] = cluster.clone();
         }
         NodeInfo {

@@ -301,12 +301,15 @@ impl Graph {
             let (role, child) = match &node.meaning {
                 Node::File { .. } | Node::Null { .. } | Node::Nbd(_) => (None, None),
                 Node::Debug { file, .. } => (Some("image"), Some(file)),
-                Node::Throttle { file, .. } | Node::CopyOnRead { file } | Node::Format { file, .. } => {
+                Node::Throttle { file, .. } | Node::CopyOnRead { file, .. } | Node::Format { file, .. } => {
                     (Some("file"), Some(file))
                 }
             };
             if let (Some(role), Some(child)) = (role, child) {
                 self.attach(&node, role, child).await?;
+            }
+            if let Node::CopyOnRead { bottom: Some(bottom), .. } = &node.meaning {
+                self.check_bottom(&node, bottom)?;
             }
             self.open(&node, false).await?;
             self.nodes.borrow_mut().push(Rc::clone(&node));
@@ -327,6 +330,21 @@ impl Graph {
                 Err(error)
             }
         }
+    }
+
+    /// The lowest layer that a filter copies from is one of those below it.
+    fn check_bottom(&self, node: &Rc<GraphNode>, bottom: &str) -> Result<()> {
+        if !self.has(bottom) {
+            return Err(wrong(format!("Bottom node '{bottom}' not found")));
+        }
+        let mut at = node.child("file");
+        while let Some(layer) = at {
+            if layer.name == bottom {
+                return Ok(());
+            }
+            at = layer.child("backing");
+        }
+        Err(wrong(format!("Bottom node '{bottom}' is not below '{}' in its chain", node.name)))
     }
 
     /// Puts a child below `node`: one that is there, or one that is made.

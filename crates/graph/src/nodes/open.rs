@@ -227,8 +227,14 @@ impl Graph {
     pub(super) async fn close_content(&self, node: &GraphNode) -> Result<()> {
         let disk = node.disk.borrow_mut().take();
         let outcome = match disk {
-            Some(disk) if !matches!(node.meaning, Node::CopyOnRead { .. }) => disk.retire().await,
-            _ => Ok(()),
+            Some(disk) if matches!(node.meaning, Node::CopyOnRead { .. }) => {
+                // It is the image's below, which goes on without the filter.
+                disk.set_copy_on_read(false);
+                disk.set_copies_down_to(None);
+                Ok(())
+            }
+            Some(disk) => disk.retire().await,
+            None => Ok(()),
         };
         outcome.and(self.close_image(node).await)
     }

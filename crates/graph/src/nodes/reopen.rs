@@ -151,7 +151,12 @@ impl Graph {
                 self.sources.objects().group(group)?;
                 check_same_file(&node, file)?;
             }
-            (Node::CopyOnRead { .. }, Node::CopyOnRead { file, .. }) => check_same_file(&node, file)?,
+            (Node::CopyOnRead { bottom, .. }, Node::CopyOnRead { file, bottom: now }) => {
+                check_same_file(&node, file)?;
+                if bottom != now {
+                    return Err(cannot_change("bottom"));
+                }
+            }
             (
                 Node::Format { key_secret, part, .. },
                 Node::Format { file, below: new, key_secret: now, part: cut, .. },
