@@ -4,7 +4,8 @@
 //! The original has a guest without a system on top of its disks; here an NBD export, which writes, stands for it. Where it stops a
 //! disk by a monitor for people (`qemu-io drive0 "break …"`), which storage daemons have not, a job is kept slow by its rate.
 //!
-//! Left out: a quorum's children (`TestQuorum`; there is no such driver).
+//! Left out: a quorum's children (`TestQuorum`; there is no such driver), and that a commit in the middle keeps a stream off the active
+//! layer, which it does not touch here.
 
 mod commits;
 mod errors;

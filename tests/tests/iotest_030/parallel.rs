@@ -1,7 +1,7 @@
 //! Nine images on each other, and several streams in them.
 
 use headwater_tests::nbd::Client;
-use headwater_tests::storage::Storage;
+use headwater_tests::storage::{Kind, Storage};
 use headwater_tests::{Result, peer};
 use serde_json::{Value, json};
 
@@ -101,6 +101,19 @@ fn streams_that_overlap_are_refused() -> Result {
         assert_eq!(within, busy("node3"));
         let same = daemon.refuses("block-stream", json!({"device": "node4", "job-id": "j4"}))?;
         assert_eq!(same, busy("node4"));
+        // Nor in a stream and a commit, which rewrites the header above what it takes away, too. Ours looks from the active layer down, and
+        // names what it meets first.
+        for (arguments, met) in [
+            (json!({"base": image(4)}), "stream-filter"),
+            (json!({"base": image(1), "top": image(3)}), "node3"),
+            (json!({"base": image(0), "top": image(1)}), "node2"),
+        ] {
+            let mut arguments = arguments;
+            (arguments["device"], arguments["job-id"]) = (json!("node8"), json!("c"));
+            let said = daemon.refuses("block-commit", arguments)?;
+            let ours = world.kind == Kind::Ours && said == busy("node4");
+            assert!(ours || said == busy(met), "{met}: {said}");
+        }
         daemon.does("block-job-set-speed", json!({"device": "stream-node4", "speed": 0}))?;
         daemon.completed("stream-node4")?;
         nothing_runs(&mut daemon)?;
