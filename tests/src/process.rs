@@ -172,6 +172,11 @@ impl Daemon {
         self.until(&format!("socket {}", path.display()), |_| listens(path).then_some(()))
     }
 
+    /// Waits until the file at `path` is there: a storage daemon writes its number down when its whole line is carried out.
+    pub fn stands(&mut self, path: &Path) -> Result {
+        self.until(&format!("file {}", path.display()), |_| path.exists().then_some(()))
+    }
+
     /// Waits until it has said `text`.
     pub fn says(&mut self, text: &str) -> Result {
         self.until(&format!("\"{text}\""), |daemon| daemon.log().contains(text).then_some(()))

@@ -158,8 +158,12 @@ impl QsdBuilder {
             .arg(format!("socket,id=qmp,path={},server=on,wait=off", qmp.display()))
             .args(["--monitor", "chardev=qmp,mode=control"])
             .args(&self.args);
+        let pid = self.dir.join("qsd.pid");
+        let _ = std::fs::remove_file(&pid);
+        command.arg("--pidfile").arg(&pid);
         let mut daemon = Daemon::spawn("qemu-storage-daemon", command)?;
         daemon.listening(&qmp)?;
+        daemon.stands(&pid)?;
         for socket in &self.sockets {
             daemon.listening(socket)?;
         }

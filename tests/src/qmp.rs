@@ -54,6 +54,27 @@ impl Qmp {
         Ok(qmp)
     }
 
+    /// Connects to a storage daemon of QEMU's that has just started. It hands its monitor over to a thread of its own when its line
+    /// is carried out already; who connects in that moment is greeted twice, and what it says may be torn apart.
+    pub fn connect_to_qemus(path: &Path) -> Result<Qmp> {
+        const HANDED_OVER: Duration = Duration::from_millis(100);
+        let mut last = None;
+        for _ in 0..4 {
+            thread::sleep(HANDED_OVER);
+            match Qmp::connect(path) {
+                Ok(qmp) => {
+                    thread::sleep(HANDED_OVER);
+                    // Nobody has asked for anything: what comes now is a second greeting.
+                    if qmp.lines.try_recv().is_err() {
+                        return Ok(qmp);
+                    }
+                }
+                Err(why) => last = Some(why),
+            }
+        }
+        Err(last.unwrap_or_else(|| error!("{} greets twice every time", path.display())))
+    }
+
     /// Connects and reads the greeting, no more: the server is still in negotiation.
     pub fn greeted(path: &Path) -> Result<Qmp> {
         let stream = UnixStream::connect(path).map_err(|why| error!("connecting to {}: {why}", path.display()))?;

@@ -66,12 +66,14 @@ impl Storage {
             command.arg(word.as_ref());
         }
         command.arg("--chardev").arg(format!("socket,id=m,path={},server=on,wait=off", socket.display()));
-        command.args(["--monitor", "chardev=m"]);
+        let pid = dir.join("daemon.pid");
+        let _ = fs::remove_file(&pid);
+        command.args(["--monitor", "chardev=m", "--pidfile"]).arg(&pid);
         let mut daemon = Daemon::spawn(&format!("{kind:?}"), command)?;
         daemon.listening(&socket)?;
-        // QEMU's now and then greets a new connection twice, or closes it without a word.
-        let again = |why| if kind == Kind::Theirs { Qmp::connect(&socket) } else { Err(why) };
-        Ok(Self { qmp: Qmp::connect(&socket).or_else(again).or_else(again)?, daemon })
+        daemon.stands(&pid)?;
+        let qmp = if kind == Kind::Theirs { Qmp::connect_to_qemus(&socket) } else { Qmp::connect(&socket) };
+        Ok(Self { qmp: qmp?, daemon })
     }
 
     /// A command that succeeds.

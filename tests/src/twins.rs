@@ -84,10 +84,15 @@ impl Both {
         let socket = self.at(kind).join("qmp.sock");
         let chardev = format!("socket,id=m,path={},server=on,wait=off", socket.display());
         let mut words = words.to_vec();
-        words.extend(["--chardev", &chardev, "--monitor", "chardev=m"]);
+        let pid = self.at(kind).join("daemon.pid");
+        let _ = fs::remove_file(&pid);
+        let pid_file = pid.display().to_string();
+        words.extend(["--chardev", &chardev, "--monitor", "chardev=m", "--pidfile", &pid_file]);
         let mut daemon = Daemon::spawn(kind, self.command(kind, &words)?)?;
         daemon.listening(&socket)?;
-        Ok(Storage { qmp: Qmp::connect(&socket)?, daemon })
+        daemon.stands(&pid)?;
+        let qmp = if kind == "theirs" { Qmp::connect_to_qemus(&socket) } else { Qmp::connect(&socket) };
+        Ok(Storage { qmp: qmp?, daemon })
     }
 
     /// Ends both with the same words: exit code and what is said on standard error.
