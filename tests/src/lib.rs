@@ -23,6 +23,7 @@ pub mod qmp;
 pub mod random;
 pub mod script;
 pub mod sides;
+pub mod storage;
 pub mod twins;
 pub mod vhost;
 pub mod writer;

@@ -73,6 +73,12 @@ impl Qmp {
         Ok(qmp)
     }
 
+    /// A connection that leads nowhere, to take the place of one that is given up.
+    pub fn nobody() -> Result<Qmp> {
+        let (stream, _) = UnixStream::pair()?;
+        Ok(Qmp { stream, lines: channel().1, events: VecDeque::new(), next_id: 1, greeting: Value::Null })
+    }
+
     /// Sends `text` as it is, with a line end.
     pub fn send_raw(&mut self, text: &str) -> Result {
         // In one piece: a server may obey at the closing brace, and hang up after `quit`.

@@ -284,6 +284,35 @@ fn descriptors_reach_qemu() -> Result {
     Ok(())
 }
 
+/// Neither migration nor snapshots of the whole machine, while a disk of it is ours; and it is told why.
+#[test]
+fn the_state_of_a_machine_is_not_moved_without_its_disks() -> Result {
+    peer!("headwater", "qemu-system-x86_64", "qemu-img");
+    let dir = tempfile::tempdir()?;
+    overlay(dir.path(), "my.qcow2", "qcow2")?;
+    let front = Front::in_dir(dir.path()).words(["-drive", "if=virtio,file=my.qcow2,id=d", "-S"]).start()?;
+    let mut qmp = front.qmp()?;
+    let moved = qmp.refused("migrate", json!({ "uri": "exec:cat >state" }))?;
+    assert!(moved.desc.contains("Headwater serves disks of the machine ('d')"), "{moved}");
+    let kept = json!({ "job-id": "s", "tag": "t", "vmstate": "d", "devices": ["d"] });
+    assert!(qmp.refused("snapshot-save", kept)?.desc.contains("can keep no state of the machine"));
+    for line in ["savevm t", "loadvm t", "migrate -d exec:cat"] {
+        let said = qmp.execute("human-monitor-command", json!({ "command-line": line }))?;
+        assert!(said.as_str().is_some_and(|text| text.starts_with("Error: ") && text.contains("('d')")), "{said}");
+    }
+    // What only asks is QEMU's.
+    assert_eq!(qmp.execute("query-migrate", json!({}))?, json!({}));
+    assert!(!dir.path().join("state").exists());
+    qmp.execute("quit", json!({}))?;
+    for option in ["-incoming", "-loadvm"] {
+        let refused = Front::in_dir(dir.path()).words(["-drive", "if=virtio,file=my.qcow2", option, "defer"]);
+        let refused = headwater_tests::process::finish(&mut refused.command()?)?;
+        assert_eq!(refused.code()?, 1);
+        assert!(refused.stderr.contains(&format!("{option} is not there")), "{}", refused.stderr);
+    }
+    Ok(())
+}
+
 #[test]
 fn what_headwater_does_not_know_stays_qemus() -> Result {
     peer!("headwater", "qemu-system-x86_64", "qemu-img");

@@ -65,6 +65,11 @@ fn a_disk_is_served_until_its_client_has_left() -> Result {
     until("the end", || !alive(&pid))?;
     let kept = qemu_io("qcow2", &image, &["read -P 9 2M 300k"]);
     assert!(kept.is_err(), "it was written through");
+    // A part of the disk, of any format.
+    let pid = start(&["-o", "1M"])?;
+    qemu_io("raw", Path::new(&uri), &["read -P 7 0 300k", "write -P 8 300k 4k"])?;
+    until("the end", || !alive(&pid))?;
+    qemu_io("qcow2", &image, &["read -P 7 1M 300k", "read -P 8 1324k 4k"])?;
     // What cannot be served is said at once.
     let refused = Command::new(&sides.tool).args(["--fork", "-k", "s.sock", "nosuchfile"]).current_dir(dir).output()?;
     assert_eq!(refused.status.code(), Some(1));

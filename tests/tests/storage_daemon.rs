@@ -6,10 +6,11 @@ use std::process::Command;
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
-use headwater_tests::process::{PATIENCE, finish};
+use headwater_tests::process::{Daemon, PATIENCE, finish};
 use headwater_tests::qemu::{check, compare, qemu_io};
+use headwater_tests::qmp::Qmp;
 use headwater_tests::twins::Say::{self, Do, Hear};
-use headwater_tests::twins::{Both, GRAPH, KINDS, Storage, converse};
+use headwater_tests::twins::{Both, GRAPH, KINDS, Storage, converse, sorted};
 use headwater_tests::{Result, error, peer};
 use serde_json::{Value, json};
 
@@ -195,11 +196,78 @@ fn a_line_that_makes_no_sense_is_refused_in_the_same_words() -> Result {
         &["--monitor", "chardev=m"],
         &["--monitor", "foo=bar"],
         &["--chardev", "socket,path=x,server=on,wait=off"],
+        &["--chardev", "socket,id=m,path=x,wait=off"],
+        &["--chardev", "socket,id=m,path=nowhere"],
+        &["--chardev", "socket,id=m,path=x,server=on,wait=off,reconnect=1"],
+        &["--chardev", "socket,id=m,path=x,server=maybe"],
+        &["--chardev", "socket,id=m,path=x,host=h,port=1"],
+        &["--chardev", "socket,id=m,host=h"],
+        &["--chardev", "socket,id=m"],
+        &["--chardev", "socket,id=1,path=x,server=on,wait=off"],
+        &["--chardev", "socket,id=m,fd=77,server=on,wait=off"],
+        &["--chardev", "tea,id=m"],
+        &["--chardev", "socket,id=m,path=m1,server=on,wait=off", "--chardev", "socket,id=m,path=m2,server=on,wait=off"],
         &["--pidfile", "/nope/x", "--blockdev", "file,node-name=x,filename=base.raw"],
         &["--nbd-server", "addr.type=unix,addr.path=a.sock", "--nbd-server", "addr.type=unix,addr.path=b.sock"],
         &["--blockdev", "file,node-name=x,filename=base.raw", "--export", "vhost-user-blk,id=e,node-name=x"],
     ] {
         both.refused(words)?;
+    }
+    Ok(())
+}
+
+/// A place that waits (as it does where nothing is said) holds up what comes after it on the line, until somebody comes.
+#[test]
+fn a_monitor_is_waited_for() -> Result {
+    peer!("headwater", "qemu-storage-daemon", "qemu-img", "qemu-io");
+    let both = Both::new()?;
+    for (kind, wait) in KINDS.into_iter().flat_map(|kind| ["", ",wait=on"].map(|wait| (kind, wait))) {
+        let dir = both.at(kind);
+        let (socket, pid) = (dir.join("m.sock"), dir.join("pid"));
+        let _ = fs::remove_file(&socket);
+        let place = format!("socket,id=m,path={},server=on{wait}", socket.display());
+        let pid_file = pid.display().to_string();
+        let words = ["--chardev", &place, "--monitor", "m", "--pidfile", &pid_file];
+        let mut daemon = Daemon::spawn(kind, both.command(kind, &words)?)?;
+        daemon.listening(&socket)?;
+        daemon.says(&format!("--chardev {place}: info: QEMU waiting for connection on: disconnected:unix:"))?;
+        sleep(Duration::from_millis(200));
+        assert!(!pid.exists(), "{kind}: it did not wait");
+        let mut qmp = Qmp::connect(&socket)?;
+        qmp.execute("query-version", json!({}))?;
+        daemon.until("pidfile", |_| pid.exists().then_some(()))?;
+        drop(qmp);
+        // The place is there for the next one.
+        Qmp::connect(&socket)?.execute("quit", json!({}))?;
+        assert!(daemon.exits()?.success());
+        assert!(!pid.exists());
+    }
+    // Ours can be told to end meanwhile.
+    let place = "socket,id=m,path=m.sock,server=on";
+    let mut daemon = Daemon::spawn("ours", both.command("ours", &["--chardev", place])?)?;
+    daemon.says("waiting for connection")?;
+    assert!(daemon.terminate()?.success());
+    Ok(())
+}
+
+/// A monitor that goes to its client goes again where it is told to.
+#[test]
+fn a_client_that_listens_is_sought_again() -> Result {
+    peer!("headwater", "qemu-storage-daemon", "qemu-img", "qemu-io");
+    let both = Both::new()?;
+    for kind in KINDS {
+        let socket = both.at(kind).join("client.sock");
+        let place = format!("socket,id=m,path={},reconnect=1", socket.display());
+        let mut daemon = Daemon::spawn(kind, both.command(kind, &["--chardev", &place, "--monitor", "m"])?)?;
+        sleep(Duration::from_millis(100));
+        let listener = std::os::unix::net::UnixListener::bind(&socket)?;
+        for _ in 0..2 {
+            let (client, _) = listener.accept()?;
+            let mut greeting = String::new();
+            std::io::BufRead::read_line(&mut std::io::BufReader::new(client), &mut greeting)?;
+            assert!(greeting.contains("QMP"), "{kind}: {greeting}");
+        }
+        daemon.terminate()?;
     }
     Ok(())
 }
@@ -275,5 +343,51 @@ fn it_goes_into_the_background_and_ends_by_a_signal() -> Result {
         sleep(Duration::from_millis(20));
     }
     assert!(!dir.join("pid").exists() && !dir.join("nbd.sock").exists());
+    Ok(())
+}
+
+/// Commands out of band: offered, and which are refused how.
+#[test]
+fn out_of_band_is_offered_and_refused_in_the_same_words() -> Result {
+    peer!("headwater", "qemu-storage-daemon", "qemu-img", "qemu-io");
+    let both = Both::new()?;
+    let mut said = Vec::new();
+    for kind in KINDS {
+        let Storage { mut daemon, qmp } = both.start(kind, &GRAPH)?;
+        drop(qmp);
+        let mut qmp = Qmp::greeted(&both.at(kind).join("qmp.sock"))?;
+        let mut lines = vec![qmp.greeting["capabilities"].to_string()];
+        for line in [
+            r#"{"exec-oob": "qmp_capabilities"}"#,
+            r#"{"execute": "qmp_capabilities", "arguments": {"enable": ["tea"]}}"#,
+            r#"{"execute": "qmp_capabilities", "arguments": {"enable": "oob"}}"#,
+            r#"{"execute": "qmp_capabilities", "arguments": {"enable": ["oob", "oob"]}}"#,
+            r#"{"exec-oob": "query-version", "id": 1}"#,
+            r#"{"exec-oob": "query-version"}"#,
+            r#"{"exec-oob": "query-version", "execute": "query-version", "id": 2}"#,
+            r#"{"exec-oob": "qmp_capabilities", "id": 3}"#,
+            r#"{"execute": "qmp_capabilities", "id": 4}"#,
+            r#"{"exec-oob": "nonsense", "id": 5}"#,
+            r#"{"exec-oob": 7, "id": "x"}"#,
+            r#"{"exec-oob": "query-version", "tea": 1, "id": "x"}"#,
+            r#"{"exec-oob": "migrate-pause", "id": {"a": 1}}"#,
+            "[1]",
+        ] {
+            qmp.send_raw(line)?;
+            lines.push(format!("{line}: {}", sorted(&qmp.answer()?)));
+        }
+        said.push(lines);
+        drop(qmp);
+        // Without it there is no such thing.
+        let mut qmp = Qmp::connect(&both.at(kind).join("qmp.sock"))?;
+        qmp.send_raw(r#"{"exec-oob": "query-version", "id": 1}"#)?;
+        let answer = qmp.answer()?;
+        assert_eq!(answer["error"]["desc"], "QMP input member 'exec-oob' is unexpected", "{kind}");
+        drop(qmp);
+        daemon.terminate()?;
+    }
+    for (ours, theirs) in said[0].iter().zip(&said[1]) {
+        assert_eq!(ours, theirs);
+    }
     Ok(())
 }

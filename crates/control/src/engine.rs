@@ -163,6 +163,11 @@ impl Engine {
 
     /// Offers devices (all on one shard) at an NBD address; returns the address in use.
     pub async fn serve_nbd(&self, address: Address, devices: Vec<String>) -> Result<Address, Failure> {
+        self.serve_nbd_to(address, devices, 0).await
+    }
+
+    /// The same, to `most` clients at once (0: any number).
+    pub async fn serve_nbd_to(&self, address: Address, devices: Vec<String>, most: u32) -> Result<Address, Failure> {
         let mut at = None;
         for device in &devices {
             let index = self.shard_of(device)?;
@@ -170,7 +175,7 @@ impl Engine {
                 return Err(Failure::generic("Disks behind one NBD address must share a shard; serve with --shards 1"));
             }
         }
-        self.run(at.unwrap_or(0), move |state| async move { state.start_nbd(address, &devices).await }).await
+        self.run(at.unwrap_or(0), move |state| async move { state.start_nbd(address, &devices, most).await }).await
     }
 
     /// Offers a device to a vhost-user front end.

@@ -19,6 +19,8 @@ pub struct ExportSpec {
     pub node: String,
     /// Clients may write.
     pub writable: bool,
+    /// What they write is durable before they hear of it.
+    pub write_through: bool,
     /// By which door.
     pub door: DoorSpec,
 }
@@ -66,15 +68,25 @@ pub struct ExportInfo {
 }
 
 impl ShardState {
-    /// Starts the NBD server that exports are offered on; returns the address in use.
-    pub async fn start_nbd_server(&self, address: Address) -> Result<Address, Failure> {
+    /// Starts the NBD server that exports are offered on, to `most` clients at once (0: any number). With `held` they wait until
+    /// [`ShardState::admit_nbd_clients`]. Returns the address in use.
+    pub async fn start_nbd_server(&self, address: Address, most: u32, held: bool) -> Result<Address, Failure> {
         if self.nbd_server.borrow().is_some() {
             return Err(Failure::generic("NBD server already running"));
         }
         let server = NbdServer::start(address, Vec::new()).await?;
+        server.limit_clients(most);
+        server.hold(held);
         let address = server.address().clone();
         *self.nbd_server.borrow_mut() = Some(Rc::new(server));
         Ok(address)
+    }
+
+    /// Everything that was to be offered is.
+    pub fn admit_nbd_clients(&self) {
+        if let Some(server) = &*self.nbd_server.borrow() {
+            server.hold(false);
+        }
     }
 
     /// Ends it, and with it what is offered on it.
@@ -119,13 +131,15 @@ impl ShardState {
                 if self.exports.borrow().iter().any(taken) {
                     return Err(Failure::generic(format!("NBD server already has export named '{name}'")));
                 }
-                server.add(NbdExport { name: name.clone(), description, disk, read_only: !spec.writable })?;
+                let (read_only, write_through) = (!spec.writable, spec.write_through);
+                server.add(NbdExport { name: name.clone(), description, disk, read_only, write_through })?;
                 Door::Nbd(name)
             }
             (DoorSpec::Nbd { .. }, None) => return Err(no_server()),
             (DoorSpec::VhostUser { socket, queues }, _) => {
                 let serial = spec.node.chars().filter(char::is_ascii).take(20).collect();
-                let export = VhostUserExport { socket, disk, read_only: !spec.writable, queues, serial };
+                let (read_only, write_through) = (!spec.writable, spec.write_through);
+                let export = VhostUserExport { socket, disk, read_only, write_through, queues, serial };
                 Door::VhostUser(Rc::new(VhostUserServer::start(export).await?))
             }
         };

@@ -25,7 +25,8 @@ impl ShardState {
         }
         let hold = self.graph().take(&node, writable).await?;
         let disk = Rc::clone(hold.disk());
-        let export = NbdExport { name: node.clone(), description: None, disk, read_only: !writable };
+        let export =
+            NbdExport { name: node.clone(), description: None, disk, read_only: !writable, write_through: false };
         let server = Rc::new(NbdServer::start(Address::Unix(socket), vec![export]).await?);
         self.lent.borrow_mut().push(Lent { node, server, hold });
         Ok(())

@@ -125,8 +125,8 @@ impl ShardState {
         Ok(device)
     }
 
-    /// Offers `names` (all on this shard) at one NBD address; returns the address in use.
-    pub(crate) async fn start_nbd(&self, address: Address, names: &[String]) -> Result<Address, Failure> {
+    /// Offers `names` (all on this shard) at one NBD address, to `most` clients at once (0: any number); returns the address in use.
+    pub(crate) async fn start_nbd(&self, address: Address, names: &[String], most: u32) -> Result<Address, Failure> {
         let mut exports = Vec::new();
         for name in names {
             let device = self.device(name).ok_or_else(|| Failure::no_device(name))?;
@@ -135,9 +135,12 @@ impl ShardState {
                 description: device.spec.description.clone(),
                 disk: device.disk.clone(),
                 read_only: device.spec.read_only,
+                // The disk is written through by itself, where that was asked for.
+                write_through: false,
             });
         }
         let server = NbdServer::start(address, exports).await?;
+        server.limit_clients(most);
         let address = server.address().clone();
         self.nbd.borrow_mut().push(Rc::new(server));
         Ok(address)
@@ -155,8 +158,14 @@ impl ShardState {
     pub(crate) async fn start_vhost_user(&self, name: &str, socket: PathBuf, queues: u16) -> Result<(), Failure> {
         let device = self.device(name).ok_or_else(|| Failure::no_device(name))?;
         let serial = name.chars().filter(char::is_ascii).take(20).collect();
-        let export =
-            VhostUserExport { socket, disk: device.disk.clone(), read_only: device.spec.read_only, queues, serial };
+        let export = VhostUserExport {
+            socket,
+            disk: device.disk.clone(),
+            read_only: device.spec.read_only,
+            write_through: false,
+            queues,
+            serial,
+        };
         let server = VhostUserServer::start(export).await?;
         self.vhost_user.borrow_mut().push((name.to_owned(), Rc::new(server)));
         Ok(())

@@ -1,6 +1,7 @@
 //! The state of one disk, shared by its handle, its requests and what they leave running behind them.
 
 use crate::background::Background;
+use crate::exchange::Sharers;
 use crate::fetch::Fetches;
 use crate::flush::Flusher;
 use crate::gate::{Gate, Inside};
@@ -39,6 +40,8 @@ pub(crate) struct Kept {
     pub(crate) settled: Event,
     /// The job that has the disk.
     pub(crate) claim: Rc<RefCell<Option<String>>>,
+    /// Who else shows the layers that a stream lets go of.
+    pub(crate) sharers: Rc<RefCell<Option<Sharers>>>,
     /// The lowest layer (its node) that copy-on-read copies from, if it is not to copy from all.
     pub(crate) copies_down_to: Rc<RefCell<Option<String>>>,
 }
@@ -166,11 +169,12 @@ impl Inner {
         range.intersect(GuestRange::between(GuestOffset::ZERO, GuestOffset(self.top.size())))
     }
 
-    /// Settles and closes the layers that are the disk's own. Nothing is inside. The first failure is reported.
-    pub(crate) async fn close_layers(&self) -> Result<()> {
+    /// Settles and closes the layers that are the disk's own (none, with `all_lent`). Nothing is inside. The first failure is
+    /// reported.
+    pub(crate) async fn close_layers(&self, all_lent: bool) -> Result<()> {
         let mut outcome = Ok(());
         for (depth, layer) in self.view().layers.iter().enumerate() {
-            let ended = if !layer.lent {
+            let ended = if !layer.lent && !all_lent {
                 layer.image.close().await
             } else if depth == 0 && !layer.image.read_only() && layer.image.poisoned().is_none() {
                 layer.image.settle().await

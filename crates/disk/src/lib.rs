@@ -17,6 +17,7 @@ mod background;
 mod carry;
 mod dirty;
 mod disk;
+mod exchange;
 mod fetch;
 mod flush;
 mod gate;
@@ -41,6 +42,7 @@ mod zero;
 
 pub use chain::{Below, ChainOptions, FileOpener, Layer, Opened, Opener};
 pub use dirty::Dirty;
+pub use exchange::{LetGo, Sharers};
 pub use image::{Error, ErrorKind, Result};
 pub use root::Drained;
 pub use stacked::DiskStore;
@@ -275,7 +277,13 @@ impl Disk {
     /// Requests that are held for want of a source fail with its error. The first failure is reported; all is closed anyway.
     pub async fn close(&self) -> Result<()> {
         let root = Rc::clone(&self.root);
-        shield(async move { root.close().await }).await
+        shield(async move { root.close(false).await }).await
+    }
+
+    /// [`Disk::close`], but every layer stays open, as if all of them were lent.
+    pub async fn retire(&self) -> Result<()> {
+        let root = Rc::clone(&self.root);
+        shield(async move { root.close(true).await }).await
     }
 
     /// Shuts the door: requests wait, and those inside have left when this returns. For whoever puts another chain in place.

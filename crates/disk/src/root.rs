@@ -6,8 +6,7 @@
 //! **Invariants.**
 //! * A chain takes another's place only while the door is shut and nobody is inside.
 //! * A request that was held inside for want of a source when the door was shut goes out and comes back in: it is not failed.
-//! * What belongs to the disk and not to its chain (counters, the job that has it, who waits for a commit) is kept
-//!   (`disk::Kept`).
+//! * What belongs to the disk and not to its chain (counters, the job that has it, who waits for a commit) is [`Kept`](crate::disk::Kept).
 
 use crate::dirty::Dirty;
 use crate::disk::Inner;
@@ -101,8 +100,8 @@ impl Root {
         watchers.push(Rc::downgrade(dirty));
     }
 
-    /// See [`crate::Disk::close`].
-    pub(crate) async fn close(&self) -> Result<()> {
+    /// See [`crate::Disk::close`] and, with `all_lent`, [`crate::Disk::retire`].
+    pub(crate) async fn close(&self, all_lent: bool) -> Result<()> {
         while self.shut.get() {
             self.opened.wait().await;
         }
@@ -114,7 +113,7 @@ impl Root {
         if let Some(outcome) = &*outcome {
             return outcome.clone();
         }
-        let ended = inner.close_layers().await;
+        let ended = inner.close_layers(all_lent).await;
         *outcome = Some(ended.clone());
         ended
     }

@@ -5,9 +5,10 @@
 //! 2. everything is durable: data, mappings, pointers to mappings;
 //! 3. the top's header names the new base, or nothing, durably;
 //! 4. the disk's chain is the shorter one; reads that began with the longer one end with it;
-//! 5. the layers in between are closed, once those reads have ended.
+//! 5. the layers in between are closed, once those reads have ended, also those of other disks that show them.
 
 use crate::disk::Inner;
+use crate::exchange::LetGo;
 use crate::names::{self, Name};
 use crate::view::View;
 use futures_util::FutureExt;
@@ -102,10 +103,21 @@ impl Inner {
             base.name = backing.name;
         }
         let let_go: Vec<_> = view.layers[1..above].iter().filter(|layer| !layer.lent).cloned().collect();
+        let sharers = self.kept.sharers.borrow().clone();
+        let others = sharers.map(|sharers| {
+            let name = |layer: &crate::Layer| layer.node.clone();
+            sharers(LetGo { top: name(&view.layers[0]), gone: view.layers[1..above].iter().map(name).collect() })
+        });
         let old = self.replace_view(View::new(kept));
         drop(stopped);
         drop(view);
-        let gone = old.gone();
+        let own = old.gone();
+        let gone = async move {
+            own.await;
+            if let Some(others) = others {
+                others.await;
+            }
+        };
         drop(old);
         let inner = Rc::clone(self);
         let inside = self.gate.enter_behind();

@@ -173,6 +173,7 @@ async fn start(args: &Args, plan: Plan, engine: &Engine) -> Result<(), String> {
         match engine.serve_nbd(address, names.clone()).await.map_err(failed)? {
             Address::Unix(path) => tracing::info!("NBD on {}", path.display()),
             Address::Tcp(host, port) => eprintln!("headwater: NBD on {host}:{port}"),
+            Address::Inherited(number) => tracing::info!("NBD on descriptor {number}"),
         }
     }
     for (name, socket) in plan.vhost_user {

@@ -13,7 +13,7 @@ use crate::window::{CHUNK, Window};
 use crate::{ErrorAction, IoStatus};
 use disk::{Error, ErrorKind, Missing};
 use futures_util::future::select;
-use layout::GuestOffset;
+use layout::{GuestOffset, GuestRange};
 use ring::Instant;
 use std::collections::VecDeque;
 use std::pin::pin;
@@ -29,7 +29,7 @@ const ZERO_CHUNK: u64 = 64 << 20;
 
 /// How long nothing is sent after an error that is ignored: a source that fails at once is not hammered, and those who
 /// listen are not flooded with events.
-const AFTER_ERROR: Duration = Duration::from_millis(10);
+const AFTER_ERROR: Duration = Duration::from_millis(20);
 
 /// Between two passes over the disk, when guests were in the way in the first.
 const BETWEEN_PASSES: Duration = Duration::from_millis(10);
@@ -61,7 +61,11 @@ pub(crate) struct Copying {
     /// Nothing is sent before this.
     not_before: Option<Instant>,
     failed: Option<Error>,
+    /// Where it failed: nothing from here on counts as done.
+    failed_at: Option<GuestOffset>,
     ignored: Option<Error>,
+    /// What is done, and not told yet because something in front of it is not.
+    done: Vec<GuestRange>,
     /// Somebody waits for the end: it goes as fast as it can.
     in_haste: bool,
 }
@@ -81,7 +85,9 @@ impl Copying {
             another_pass: false,
             not_before: None,
             failed: None,
+            failed_at: None,
             ignored: None,
+            done: Vec::new(),
             in_haste: false,
         }
     }
@@ -135,12 +141,21 @@ impl Copying {
         }
     }
 
-    /// What lies before everything that is still to be done is done.
-    fn note_progress(&self) {
+    /// What lies before everything that is still to be done is done. What lies behind is not told of: so a job that stops for an error
+    /// says where.
+    fn note_progress(&mut self) {
         let run = self.run.map(|run| run.range.start());
         let again = self.again.iter().map(|chunk| chunk.range.start()).min();
-        let front = [Some(self.cursor), run, again, self.flight.first()].into_iter().flatten().min();
-        self.life.progress.passed(front.unwrap_or(self.cursor));
+        let front = [Some(self.cursor), run, again, self.flight.first(), self.failed_at].into_iter().flatten().min();
+        let front = front.unwrap_or(self.cursor);
+        self.done.retain(|range| {
+            let passed = range.start() < front;
+            if passed {
+                self.life.progress.copied(*range);
+            }
+            !passed
+        });
+        self.life.progress.passed(front);
     }
 
     /// What is to be sent next, without taking it.
@@ -223,7 +238,7 @@ impl Copying {
                 self.another_pass |= copied.skipped > 0;
                 if !chunk.zero {
                     self.life.pace.refund(copied.skipped);
-                    self.life.progress.copied(chunk.range);
+                    self.done.push(chunk.range);
                     if chunk.range.len() == CHUNK && copied.skipped == 0 {
                         self.window.measured(took);
                     }
@@ -231,8 +246,11 @@ impl Copying {
             }
             Some((Err(error), _)) => {
                 if self.meet(error) {
-                    self.life.progress.copied(chunk.range);
+                    self.done.push(chunk.range);
                 } else {
+                    if self.failed.is_some() {
+                        self.failed_at.get_or_insert(chunk.range.start());
+                    }
                     self.again.push_back(chunk);
                 }
             }

@@ -30,7 +30,7 @@ mod window;
 
 pub use commit::{CommitOptions, Ending};
 pub use event::{ErrorAction, Event, Events};
-pub use registry::{JobError, JobErrorKind, JobInfo, Jobs};
+pub use registry::{JobError, JobErrorKind, JobInfo, Jobs, is_id};
 pub use state::{IoStatus, Status, Verb};
 pub use stream::{OnError, StreamOptions};
 

@@ -312,7 +312,7 @@ impl Jobs {
 }
 
 /// Whether `id` is what QEMU takes for an id: a letter, then letters, digits, `-`, `.` and `_`.
-fn is_id(id: &str) -> bool {
+pub fn is_id(id: &str) -> bool {
     id.starts_with(|c: char| c.is_ascii_alphabetic())
         && id.chars().all(|c| c.is_ascii_alphanumeric() || matches!(c, '-' | '.' | '_'))
 }

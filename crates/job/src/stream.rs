@@ -2,7 +2,7 @@
 
 use crate::copy::{Copying, Stopped, scan};
 use crate::life::{End, Life};
-use disk::{Copied, Disk, Missing, Result, StreamBase};
+use disk::{Copied, Disk, Error, ErrorKind, Missing, Result, StreamBase};
 use futures_util::future::LocalBoxFuture;
 use layout::{GuestOffset, GuestRange};
 use std::any::Any;
@@ -126,16 +126,27 @@ pub(crate) async fn run(life: Rc<Life>, target: Rc<dyn Target>, on_error: OnErro
             if life.may_publish().await {
                 match target.finish().await {
                     Ok(()) => End::Completed,
-                    Err(error) => End::Failed(error.to_string()),
+                    Err(error) => failed(&life, &error),
                 }
             } else {
                 End::Cancelled
             }
         }
         Err(Stopped::Cancelled) => End::Cancelled,
-        Err(Stopped::Failed(error)) => End::Failed(error.to_string()),
+        Err(Stopped::Failed(error)) => failed(&life, &error),
     };
     // The job holds nothing of the disk any more by the time it says that it has ended.
     drop(target);
     life.conclude(end);
+}
+
+/// What clients are told of an error. Where the system gave one it is in the system's words alone, as QEMU has it and programs compare
+/// it; the whole of it, with the place, is in the log.
+fn failed(life: &Life, error: &Error) -> End {
+    tracing::warn!(job = life.id(), %error, "the stream has failed");
+    if error.kind() != ErrorKind::Store {
+        return End::Failed(error.to_string());
+    }
+    let said = std::io::Error::from_raw_os_error(error.errno()).to_string();
+    End::Failed(said.split(" (os error").next().unwrap_or(&said).to_owned())
 }

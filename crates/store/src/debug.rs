@@ -106,7 +106,7 @@ pub struct InjectError {
     pub event: Option<Event>,
     /// In which state it wakes; `None`: in any.
     pub state: Option<u32>,
-    /// Which operations fail; all if empty.
+    /// Which operations fail; if empty, all but asking what is stored where, as with QEMU.
     pub operations: Vec<Operation>,
     /// The error's number.
     pub errno: i32,
@@ -274,7 +274,12 @@ impl DebugStore {
                 let sector = HostOffset(sector.saturating_mul(SECTOR)).range(SECTOR);
                 range.is_some_and(|range| range.overlaps(sector))
             });
-            *awake && touched && (rule.operations.is_empty() || rule.operations.contains(&operation))
+            let meant = if rule.operations.is_empty() {
+                operation != Operation::Extent
+            } else {
+                rule.operations.contains(&operation)
+            };
+            *awake && touched && meant
         });
         let Some(at) = hit else { return Ok(()) };
         let errno = injections[at].rule.errno;

@@ -64,6 +64,7 @@ fn start() -> Server {
             socket: path,
             disk: disk(MemoryStore::new("fuzzed", SIZE)).await,
             read_only: false,
+            write_through: false,
             queues: 2,
             serial: "fuzzed".into(),
         };

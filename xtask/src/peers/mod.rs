@@ -41,7 +41,7 @@ const fn program(name: &'static str, package: &'static str, why: &'static str) -
     Program { name, package, why }
 }
 
-const PROGRAMS: [Program; 18] = [
+const PROGRAMS: [Program; 22] = [
     program("qemu-img", "qemu-utils", "makes, checks and compares images"),
     program("qemu-io", "qemu-utils", "reads and writes images"),
     program("qemu-nbd", "qemu-utils", "an NBD server to read from"),
@@ -60,6 +60,11 @@ const PROGRAMS: [Program; 18] = [
     program("busybox", "busybox-static", "the guests' user land"),
     program("xz", "xz-utils", "unpacks compressed kernel modules"),
     program("python3", "python3", "runs the qemu.qmp client"),
+    // No service of the machine's own is used: the tests start a libvirtd of their own.
+    program("libvirtd", "libvirt-daemon", "steers guests whose emulator is ours"),
+    program("virsh", "libvirt-clients", "tells libvirtd what to do"),
+    program("virt-qemu-run", "libvirt-daemon-driver-qemu", "comes with what lets libvirtd run QEMU"),
+    program("unshare", "util-linux", "gives libvirtd a view of its own of the file system"),
 ];
 
 /// Something that is not there.
@@ -88,26 +93,6 @@ pub(crate) fn run(workspace: &Workspace, options: &Options) -> Outcome {
         }
     }
     Err(Failure::new(describe(&missing)))
-}
-
-/// What the tests with libvirt need besides. No service of the machine's own is used: they start a libvirtd of their own.
-pub(crate) fn libvirt() -> Outcome {
-    // Of each package one program.
-    let packages = [
-        ("libvirtd", "libvirt-daemon"),
-        ("virsh", "libvirt-clients"),
-        ("virt-qemu-run", "libvirt-daemon-driver-qemu"),
-        ("unshare", "util-linux"),
-    ];
-    let missing: Vec<&str> =
-        packages.iter().filter(|(name, _)| find_program(name).is_none()).map(|(_, package)| *package).collect();
-    if missing.is_empty() {
-        return Ok(());
-    }
-    let needed = missing.join(" ");
-    apt::can_install().map_err(|why| Failure::new(format!("cannot install {needed}: {why}")))?;
-    apt::update()?;
-    apt::install(&missing, None)
 }
 
 fn describe(missing: &[Missing]) -> String {

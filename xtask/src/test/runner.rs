@@ -15,7 +15,7 @@ pub(super) enum Scope {
     All,
     Unit,
     EndToEnd,
-    /// The tests with libvirt, which nobody runs unasked.
+    /// The tests with libvirt alone.
     Libvirt,
 }
 
@@ -26,15 +26,6 @@ impl Scope {
             Scope::Unit => &["--workspace", "--exclude", E2E_PACKAGE],
             Scope::EndToEnd => &["--package", E2E_PACKAGE],
             Scope::Libvirt => &["--package", E2E_PACKAGE, "--test", "libvirt"],
-        }
-    }
-
-    /// What nextest, or `cargo test`, is told besides.
-    fn asked_for(self, nextest: bool) -> &'static [&'static str] {
-        match (self, nextest) {
-            (Scope::Libvirt, true) => &["--run-ignored", "only"],
-            (Scope::Libvirt, false) => &["--ignored"],
-            _ => &[],
         }
     }
 }
@@ -92,7 +83,7 @@ pub(super) fn run(
     let summary = if nextest {
         let colour = if std::io::stderr().is_terminal() { "always" } else { "never" };
         let run = start(&["nextest", "run", "--no-tests=pass", "--color", colour]).args(runner_config(workspace));
-        let run = run.args(scope.asked_for(true)).args(extra);
+        let run = run.args(extra);
         // From its last "Summary" line on, nextest repeats what failed; that is the part to close with.
         watch(run, Stream::Errors, |kept, line| {
             if line.contains("Summary [") {
@@ -107,7 +98,7 @@ pub(super) fn run(
             Scope::Libvirt => &["test", "--no-fail-fast"],
             _ => &["test", "--no-fail-fast", "--lib", "--bins", "--tests"],
         };
-        let run = start(kinds).arg("--").args(scope.asked_for(false)).args(extra);
+        let run = start(kinds).arg("--").args(extra);
         watch(run, Stream::Output, |kept, line| {
             if line.starts_with("test result:") && !line.contains(" 0 passed; 0 failed; 0 ignored") {
                 kept.push(line.to_owned());

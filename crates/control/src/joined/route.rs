@@ -20,6 +20,8 @@ pub(super) enum Route {
     Export(&'static str),
     /// Both have to do something.
     Both(Shared),
+    /// QEMU, unless a disk of the machine is ours: it is about the machine's whole state, and what is in our disks is none of QEMU's.
+    Whole,
     /// Whoever has what it names.
     Named,
 }
@@ -99,6 +101,7 @@ pub(super) fn route(command: &str) -> Route {
         "object-add" => Route::Both(Shared::AddObject),
         "object-del" => Route::Both(Shared::RemoveObject),
         "human-monitor-command" => Route::Both(Shared::Line),
+        "migrate" | "migrate-incoming" | "snapshot-save" | "snapshot-load" | "snapshot-delete" => Route::Whole,
         // The API of 2011, which QEMU itself has no more.
         "block_stream" | "block_job_cancel" | "block_job_set_speed" => Route::Ours,
         // One server: what is offered to the world is what we serve.
@@ -161,6 +164,7 @@ pub(super) fn line_subject(line: &str) -> Option<(&str, Option<&str>)> {
         | "block_job_pause"
         | "block_job_resume"
         | "block_job_set_speed") => Some((name, words.next())),
+        name @ ("savevm" | "loadvm" | "delvm" | "migrate" | "migrate_incoming") => Some((name, words.next())),
         "info" => match words.next()? {
             "block-jobs" => Some(("info block-jobs", None)),
             _ => None,
@@ -190,6 +194,8 @@ mod tests {
         assert_eq!(line_subject("block_job_cancel -f virtio0"), Some(("block_job_cancel", Some("virtio0"))));
         assert_eq!(line_subject("  info   block-jobs "), Some(("info block-jobs", None)));
         assert_eq!(line_subject("info block"), None);
+        assert_eq!(line_subject("savevm a"), Some(("savevm", Some("a"))));
+        assert_eq!(line_subject("migrate -d tcp:h:1"), Some(("migrate", Some("tcp:h:1"))));
         assert_eq!(line_subject("stop"), None);
         assert_eq!(line_subject(""), None);
     }

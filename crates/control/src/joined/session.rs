@@ -251,6 +251,11 @@ impl Session {
                 self.run_or_ask(known, &command, arguments, request).await
             }
             Route::Both(shared) => self.shared(shared, &command, arguments, request).await,
+            Route::Whole => match self.whole(&command).await {
+                Ok(None) => self.forward(request).await,
+                Ok(Some(why)) => Ok(Err(generic(why))),
+                Err(failure) => Ok(Err(refused(failure))),
+            },
             Route::Named => {
                 let names = named(&arguments);
                 let known = if names.is_empty() { Ok(false) } else { self.any_ours(&names).await };
@@ -263,6 +268,25 @@ impl Session {
                 }
             }
         }
+    }
+
+    /// Why what concerns the machine's whole state cannot be, if a disk of it is ours.
+    async fn whole(&self, command: &str) -> Result<Option<String>, Failure> {
+        let ours = self.joined.ours().await?.inserted.into_keys();
+        // Not as QEMU's clients are called that nobody gave a name.
+        let mut names: Vec<String> = ours.filter(|name| !name.starts_with("headwater-")).collect();
+        names.sort_unstable();
+        let disks = names.join("', '");
+        Ok((!names.is_empty()).then(|| {
+            if command.starts_with("migrate") {
+                format!("'{command}' is not there while Headwater serves disks of the machine ('{disks}'): it cannot hand them over")
+            } else {
+                format!(
+                    "'{command}' is not there while Headwater serves disks of the machine ('{disks}'): \
+                     QEMU can keep no state of the machine in them"
+                )
+            }
+        }))
     }
 
     async fn any_ours(&self, names: &[String]) -> Result<bool, Failure> {
@@ -497,6 +521,13 @@ impl Session {
                         }))
                     }
                     theirs => Ok(theirs),
+                }
+            }
+            Some((name @ ("savevm" | "loadvm" | "delvm" | "migrate" | "migrate_incoming"), _)) => {
+                match self.whole(name).await {
+                    Ok(None) => self.forward(request).await,
+                    Ok(Some(why)) => Ok(Ok(json!(format!("Error: {why}\r\n")))),
+                    Err(failure) => Ok(Err(refused(failure))),
                 }
             }
             Some((name, subject)) => {

@@ -257,10 +257,13 @@ pub(crate) async fn run(engine: &Engine, name: &str, members: Map<String, Value>
             schema::check(command.takes, &members)?;
             (command.run)(engine, Arguments::new(members)).await
         }
-        None => {
-            Err(Failure { class: ErrorClass::CommandNotFound, desc: format!("The command {name} has not been found") })
-        }
+        None => Err(unknown(name)),
     }
+}
+
+/// There is no such command.
+pub(super) fn unknown(name: &str) -> Failure {
+    Failure { class: ErrorClass::CommandNotFound, desc: format!("The command {name} has not been found") }
 }
 
 fn negotiated() -> Failure {

@@ -23,9 +23,12 @@ pub(crate) fn address(tree: Map<String, Value>) -> Result<Address, Failure> {
             let number = port.parse().map_err(|_| Failure::generic(format!("'{port}' is no number of a TCP port")))?;
             Ok(Address::Tcp(if host.is_empty() { "0.0.0.0".to_owned() } else { host }, number))
         }
-        "fd" | "vsock" => {
-            Err(Failure::generic(format!("addresses of type '{kind}' are not supported: use unix or inet")))
+        "fd" => {
+            let text = fields.string("str")?.ok_or_else(|| missing("str"))?;
+            let number = text.parse().map_err(|_| Failure::generic(format!("File descriptor '{text}' not found")))?;
+            Ok(Address::Inherited(number))
         }
+        "vsock" => Err(Failure::generic("addresses of type 'vsock' are not supported: use unix, inet or fd")),
         _ => Err(Failure::generic(format!("Parameter 'addr.type' does not accept value '{kind}'"))),
     }
 }
@@ -39,10 +42,18 @@ fn no_tls(arguments: &mut Arguments) -> Result<(), Failure> {
 }
 
 /// `nbd-server-start`.
-pub(crate) async fn start_server(engine: &Engine, mut arguments: Arguments) -> Result<Value, Failure> {
+pub(crate) async fn start_server(engine: &Engine, arguments: Arguments) -> Result<Value, Failure> {
+    start_server_for(engine, arguments, false).await
+}
+
+/// The same; with `held` clients are not accepted yet.
+pub(crate) async fn start_server_for(engine: &Engine, mut arguments: Arguments, held: bool) -> Result<Value, Failure> {
     no_tls(&mut arguments)?;
     let address = address(arguments.object("addr")?)?;
-    engine.on_nodes(move |shard| async move { shard.start_nbd_server(address).await.map(drop) }).await?;
+    let most = arguments.integer("max-connections")?.unwrap_or(0);
+    let most =
+        u32::try_from(most).map_err(|_| Failure::generic("'max-connections' is a number from 0 to 4294967295"))?;
+    engine.on_nodes(move |shard| async move { shard.start_nbd_server(address, most, held).await.map(drop) }).await?;
     Ok(json!({}))
 }
 
@@ -61,7 +72,7 @@ pub(crate) async fn server_add(engine: &Engine, mut arguments: Arguments) -> Res
     }
     let door = DoorSpec::Nbd { name: Some(name.clone()), description: arguments.string("description")? };
     let writable = arguments.boolean("writable")?.unwrap_or(false);
-    let spec = ExportSpec { id: name, node: node.clone(), writable, door };
+    let spec = ExportSpec { id: name, node: node.clone(), writable, write_through: false, door };
     let added = engine.on_nodes(move |shard| async move {
         if shard.has_nbd_server() && !shard.graph().has(&node) {
             return Err(Failure::no_device(&node));
@@ -101,10 +112,10 @@ pub(crate) fn export_spec(mut arguments: Arguments) -> Result<ExportSpec, Failur
         return Err(Failure::generic("Invalid block export id"));
     }
     let writable = arguments.boolean("writable")?.unwrap_or(false);
-    // Which of QEMU's threads serves it, and its own write cache: ours are the disk's.
+    // Which of QEMU's threads serves it: ours are the disk's.
     arguments.string("iothread")?;
     arguments.boolean("fixed-iothread")?;
-    arguments.boolean("writethrough")?;
+    let write_through = arguments.boolean("writethrough")?.unwrap_or(false);
     arguments.boolean("allow-inactive")?;
     let door = match kind.as_str() {
         "nbd" => {
@@ -117,7 +128,7 @@ pub(crate) fn export_spec(mut arguments: Arguments) -> Result<ExportSpec, Failur
         "vhost-user-blk" => {
             let socket: PathBuf = match address(arguments.object("addr")?)? {
                 Address::Unix(path) => path,
-                Address::Tcp(..) => {
+                Address::Tcp(..) | Address::Inherited(_) => {
                     return Err(Failure::generic("vhost-user-blk is offered on unix sockets only"));
                 }
             };
@@ -136,7 +147,7 @@ pub(crate) fn export_spec(mut arguments: Arguments) -> Result<ExportSpec, Failur
         }
     };
     arguments.end()?;
-    Ok(ExportSpec { id, node, writable, door })
+    Ok(ExportSpec { id, node, writable, write_through, door })
 }
 
 /// `block-export-add`.

@@ -18,8 +18,9 @@ pub(crate) struct Stream {
     pub(crate) base: Option<String>,
     pub(crate) base_node: Option<String>,
     pub(crate) bottom: Option<String>,
-    pub(crate) backing_name: Option<String>,
+    /// What the node above it is called while it runs.
     pub(crate) filter: Option<String>,
+    pub(crate) backing_name: Option<String>,
     pub(crate) speed: u64,
     pub(crate) on_error: OnError,
     pub(crate) auto_finalize: bool,
@@ -43,8 +44,8 @@ impl Stream {
             base: None,
             base_node: None,
             bottom: None,
-            backing_name: None,
             filter: None,
+            backing_name: None,
             speed: 0,
             on_error: OnError::Report,
             auto_finalize: true,
@@ -57,8 +58,8 @@ impl Stream {
         let together = [("base", &self.base), ("base-node", &self.base_node), ("bottom", &self.bottom)];
         let mut given = together.iter().filter(|(_, value)| value.is_some()).map(|(name, _)| name);
         if let (Some(first), Some(second)) = (given.next(), given.next()) {
-            // QEMU names `bottom` first.
-            let (first, second) = if *second == "bottom" { (second, first) } else { (first, second) };
+            // QEMU names `bottom` before `base-node`.
+            let (first, second) = if *first == "base-node" { (second, first) } else { (first, second) };
             return Err(Failure::generic(format!("'{first}' and '{second}' cannot be specified at the same time")));
         }
         let nodes = nodes(engine).await?;
@@ -108,35 +109,48 @@ impl Stream {
     /// Starts it on a named node, which it holds until it is gone.
     async fn start_on_node(self, engine: &Engine) -> Result<(), Failure> {
         // Nodes have no device whose name could be the job's.
-        let id = self.job_id.clone().ok_or_else(|| Failure::generic("Invalid job ID ''"))?;
+        let id = self.job_id.clone().unwrap_or_default();
+        if !job::is_id(&id) {
+            return Err(Failure::generic(format!("Invalid job ID '{id}'")));
+        }
         engine
             .on_nodes(move |shard| async move {
                 let graph = shard.graph();
-                if let Some(job) = graph.job_on(&self.device) {
-                    let what = format!("Node '{}' is busy: block device is in use by block job: {job}", self.device);
-                    return Err(Failure::generic(what));
-                }
-                if shard.jobs().info(&id).is_some() {
-                    return Err(Failure::generic(format!("Job ID '{id}' already in use")));
-                }
                 for name in self.base_node.iter().chain(self.bottom.iter()) {
                     if !graph.has(name) {
                         return Err(Failure::no_node(name));
                     }
                 }
+                // First as it is: nothing is opened for writing for a job that cannot be.
+                let (filter, busy) = {
+                    let hold = graph.take(&self.device, false).await?;
+                    let disk = hold.disk();
+                    let chain = disk.chain();
+                    for name in self.base_node.iter().chain(self.bottom.iter()) {
+                        if !chain[1..].iter().any(|layer| layer.node == *name) {
+                            let what = format!("Node '{name}' is not a backing image of '{}'", self.device);
+                            return Err(Failure::generic(what));
+                        }
+                    }
+                    let base = self.base_in(disk)?;
+                    let above = match &base {
+                        StreamBase::Nothing => chain.len(),
+                        StreamBase::Node(base) => {
+                            chain.iter().position(|layer| layer.node == *base).unwrap_or(chain.len())
+                        }
+                    };
+                    let nodes = chain[..above].iter().map(|layer| layer.node.clone()).collect();
+                    let filter = graph.show_filter(self.filter.as_deref(), "copy-on-read", &self.device, true);
+                    let filter = filter.map_err(|error| Failure::generic(format!("Could not create node: {error}")))?;
+                    let busy = graph.occupy("stream", Some(filter.name().to_owned()), nodes)?;
+                    (filter, busy)
+                };
+                if shard.jobs().info(&id).is_some() {
+                    return Err(Failure::generic(format!("Job ID '{id}' already in use")));
+                }
                 let hold = graph.take(&self.device, true).await?;
                 let disk = Rc::clone(hold.disk());
-                let below = |name: &String| disk.chain()[1..].iter().any(|layer| layer.node == *name);
-                for name in self.base_node.iter().chain(self.bottom.iter()) {
-                    if !below(name) {
-                        let what = format!("Node '{name}' is not a backing image of '{}'", self.device);
-                        return Err(Failure::generic(what));
-                    }
-                }
-                let name = self.filter.as_deref();
-                let filter = graph.show_filter(name, "copy-on-read", &self.device, true);
-                let filter = filter.map_err(|error| Failure::generic(format!("Could not create node: {error}")))?;
-                self.start_with(disk, &shard, Some(Box::new((filter, hold))))
+                self.start_with(disk, &shard, Some(Box::new((filter, hold, busy))))
             })
             .await
     }
@@ -146,19 +160,7 @@ impl Stream {
     }
 
     fn start_with(self, disk: Rc<Disk>, shard: &ShardState, hold: Option<Box<dyn Any>>) -> Result<(), Failure> {
-        let chain = disk.chain();
-        let base = if let Some(name) = &self.base {
-            let found = disk.find_base(name);
-            found.ok_or_else(|| Failure::generic(format!("Can't find '{name}' in the backing chain")))?
-        } else if let Some(node) = self.base_node {
-            StreamBase::Node(node)
-        } else if let Some(bottom) = &self.bottom {
-            let at = chain.iter().position(|layer| layer.node == *bottom);
-            let below = at.and_then(|at| chain.get(at + 1));
-            below.map_or(StreamBase::Nothing, |layer| StreamBase::Node(layer.node.clone()))
-        } else {
-            StreamBase::Nothing
-        };
+        let base = self.base_in(&disk)?;
         let options = StreamOptions {
             id: self.job_id,
             disk,
@@ -171,6 +173,25 @@ impl Stream {
             hold,
         };
         shard.jobs().stream(options).map_err(Failure::from)
+    }
+}
+
+impl Stream {
+    /// Where it ends in this disk's chain.
+    fn base_in(&self, disk: &Disk) -> Result<StreamBase, Failure> {
+        let chain = disk.chain();
+        Ok(if let Some(name) = &self.base {
+            let found = disk.find_base(name);
+            found.ok_or_else(|| Failure::generic(format!("Can't find '{name}' in the backing chain")))?
+        } else if let Some(node) = &self.base_node {
+            StreamBase::Node(node.clone())
+        } else if let Some(bottom) = &self.bottom {
+            let at = chain.iter().position(|layer| layer.node == *bottom);
+            let below = at.and_then(|at| chain.get(at + 1));
+            below.map_or(StreamBase::Nothing, |layer| StreamBase::Node(layer.node.clone()))
+        } else {
+            StreamBase::Nothing
+        })
     }
 }
 
@@ -210,8 +231,8 @@ pub(crate) async fn block_stream(engine: &Engine, mut arguments: Arguments) -> R
         base: arguments.string("base")?,
         base_node: arguments.string("base-node")?,
         backing_name: arguments.string("backing-file")?,
-        filter: arguments.string("filter-node-name")?,
         bottom: arguments.string("bottom")?,
+        filter: arguments.string("filter-node-name")?,
         speed: arguments.speed("speed")?.unwrap_or(0),
         on_error: arguments.word("on-error", OnError::from_name)?.unwrap_or_default(),
         auto_finalize: arguments.boolean("auto-finalize")?.unwrap_or(true),

@@ -62,27 +62,35 @@ impl Listener {
     }
 }
 
-/// Serves QMP at `place` until the runtime ends. Returns when clients can come, or the one there is has been reached.
-pub async fn serve(engine: Engine, place: Place, pretty: bool) -> Result<(), Failure> {
-    let failed = |what: String| move |error: io::Error| Failure::generic(format!("{what}: {error}"));
+/// A place that is taken: clients can come, or the one there is has been reached.
+pub struct Open(Opened);
+
+enum Opened {
+    Listens(Listener, Option<Streams>),
+    Client(Streams),
+    /// Whoever is there or not, again after this time.
+    Again(Place, Duration),
+}
+
+/// Takes `place`.
+///
+/// # Errors
+/// It cannot be had, or nobody is there.
+pub async fn open(place: Place) -> Result<Open, Failure> {
+    let failed = |what: String| move |error: io::Error| Failure::generic(format!("{what}: {}", plain(&error)));
     let streams = match place {
-        Place::Listen(path) => {
-            let listener = socket::listen(&path).await?;
-            listen(engine, Listener::Made(listener), pretty);
-            return Ok(());
-        }
+        Place::Listen(path) => return Ok(Open(Opened::Listens(Listener::Made(socket::listen(&path).await?), None))),
         Place::ListenTcp(host, port) => {
             let what = format!("could not listen on {host}:{port}");
             let listener = TcpListener::bind((host.as_str(), port)).await.map_err(failed(what))?;
-            listen(engine, Listener::Tcp(listener), pretty);
-            return Ok(());
+            return Ok(Open(Opened::Listens(Listener::Tcp(listener), None)));
         }
         Place::Listening(fd) => {
             let what = || failed("the descriptor is no listening unix socket".to_owned());
             let listener = std::os::unix::net::UnixListener::from(fd);
             listener.set_nonblocking(true).map_err(what())?;
-            listen(engine, Listener::Found(UnixListener::from_std(listener).map_err(what())?), pretty);
-            return Ok(());
+            let listener = UnixListener::from_std(listener).map_err(what())?;
+            return Ok(Open(Opened::Listens(Listener::Found(listener), None)));
         }
         Place::Connect(path) => {
             let what = format!("Failed to connect to '{}'", path.display());
@@ -102,7 +110,70 @@ pub async fn serve(engine: Engine, place: Place, pretty: bool) -> Result<(), Fai
             (Box::new(tokio::io::stdin()) as Box<dyn AsyncRead + Send + Unpin>, Box::new(tokio::io::stdout()) as _)
         }
     };
-    tokio::spawn(talk(engine, streams, pretty));
+    Ok(Open(Opened::Client(streams)))
+}
+
+/// An error of the system without its number.
+fn plain(error: &io::Error) -> String {
+    let said = error.to_string();
+    said.split(" (os error").next().unwrap_or_default().to_owned()
+}
+
+impl Open {
+    /// A client that listens at `place`, which is sought again and again.
+    pub fn again(place: Place, after: Duration) -> Self {
+        Self(Opened::Again(place, after))
+    }
+
+    /// Where others listen, waits until the first of them has come.
+    ///
+    /// # Errors
+    /// Nobody can come.
+    pub async fn wait(&mut self) -> Result<(), Failure> {
+        if let Opened::Listens(listener, first @ None) = &mut self.0 {
+            let came = listener.accept().await;
+            *first = Some(came.map_err(|error| Failure::generic(format!("nobody can come: {}", plain(&error))))?);
+        }
+        Ok(())
+    }
+
+    /// Serves QMP there until the runtime ends.
+    pub fn serve(self, engine: Engine, pretty: bool) {
+        match self.0 {
+            Opened::Listens(listener, first) => listen(engine, listener, first, pretty),
+            Opened::Client(streams) => drop(tokio::spawn(talk(engine, streams, pretty))),
+            Opened::Again(place, after) => drop(tokio::spawn(async move {
+                let mut told = false;
+                loop {
+                    let reached = match &place {
+                        Place::Connect(path) => UnixStream::connect(path).await.map(unix),
+                        Place::ConnectTcp(host, port) => TcpStream::connect((host.as_str(), *port)).await.map(tcp),
+                        _ => return,
+                    };
+                    match reached {
+                        Ok(streams) => {
+                            talk(engine.clone(), streams, pretty).await;
+                            told = false;
+                        }
+                        Err(error) if !told => {
+                            tracing::warn!(%error, ?place, "nobody is there yet for a monitor");
+                            told = true;
+                        }
+                        Err(_) => {}
+                    }
+                    tokio::select! {
+                        () = tokio::time::sleep(after) => {}
+                        _ = engine.ending() => return,
+                    }
+                }
+            })),
+        }
+    }
+}
+
+/// Serves QMP at `place` until the runtime ends. Returns when clients can come, or the one there is has been reached.
+pub async fn serve(engine: Engine, place: Place, pretty: bool) -> Result<(), Failure> {
+    open(place).await?.serve(engine, pretty);
     Ok(())
 }
 
@@ -114,15 +185,18 @@ async fn talk(engine: Engine, (input, out): Streams, pretty: bool) {
     }
 }
 
-fn listen(engine: Engine, listener: Listener, pretty: bool) {
+fn listen(engine: Engine, listener: Listener, mut first: Option<Streams>, pretty: bool) {
     let places = Arc::new(Semaphore::new(CLIENTS));
     tokio::spawn(async move {
         loop {
             let Ok(place) = Arc::clone(&places).acquire_owned().await else { return };
-            let accepted = tokio::select! {
-                accepted = listener.accept() => accepted,
-                // From here on nobody could do anything any more; the socket goes.
-                _ = engine.ending() => return,
+            let accepted = match first.take() {
+                Some(streams) => Ok(streams),
+                None => tokio::select! {
+                    accepted = listener.accept() => accepted,
+                    // From here on nobody could do anything any more; the socket goes.
+                    _ = engine.ending() => return,
+                },
             };
             match accepted {
                 Ok(streams) => {

@@ -16,17 +16,52 @@ fn negotiation_comes_first_and_once() {
         let mut client = Qmp::connect(&daemon.qmp_socket()).await;
         let greeting = client.receive().await;
         assert!(greeting["QMP"]["version"]["qemu"]["major"].is_u64(), "{greeting}");
-        assert_eq!(greeting["QMP"]["capabilities"], json!([]));
+        assert_eq!(greeting["QMP"]["capabilities"], json!(["oob"]));
         let early = client.refused("query-version", json!({})).await;
         assert_eq!(early, "CommandNotFound: Expecting capabilities negotiation with 'qmp_capabilities'");
-        let oob = client.refused("qmp_capabilities", json!({ "enable": ["oob"] })).await;
-        assert_eq!(oob, "GenericError: Capability 'oob' is not available");
         for bad in [json!({ "enable": 1 }), json!({ "enable": ["x"] }), json!({ "enable": [1] }), json!({ "x": 1 })] {
             client.refused("qmp_capabilities", bad).await;
         }
         assert_eq!(client.done("qmp_capabilities", json!({ "enable": [] })).await, json!({}));
         let late = client.refused("qmp_capabilities", json!({})).await;
         assert_eq!(late, "CommandNotFound: Capabilities negotiation is already complete, command ignored");
+    });
+}
+
+/// A client that has enabled `oob` is read while its commands wait, and no further than their number allows.
+#[test]
+fn what_overtakes_is_answered_while_others_wait() {
+    with_daemon(async |daemon| {
+        let mut client = Qmp::connect(&daemon.qmp_socket()).await;
+        client.receive().await;
+        client.done("qmp_capabilities", json!({ "enable": ["oob"] })).await;
+        // A server that never greets keeps the first one waiting.
+        let path = daemon.dir.path().join("silent");
+        let silent = tokio::net::UnixListener::bind(&path).unwrap();
+        let slow = json!({ "driver": "nbd", "node-name": "n", "server": { "type": "unix", "path": path } });
+        client.send(json!({ "execute": "blockdev-add", "arguments": slow, "id": "slow" }).to_string()).await;
+        for n in 0..3 {
+            client.send(json!({ "execute": "query-version", "id": n }).to_string()).await;
+        }
+        client.send(json!({ "exec-oob": "query-version", "id": "fast" }).to_string()).await;
+        let first = client.receive().await;
+        let error = json!({ "class": "GenericError", "desc": "The command query-version does not support OOB" });
+        assert_eq!(first, json!({ "error": error, "id": "fast" }));
+        // More than may wait: the rest stays unread, this one too.
+        for n in 3..100 {
+            client.send(json!({ "execute": "query-version", "id": n }).to_string()).await;
+        }
+        client.send(json!({ "exec-oob": "nonsense", "id": "last" }).to_string()).await;
+        drop(silent);
+        assert_eq!(client.receive().await["id"], "slow");
+        let mut ids = Vec::new();
+        for _ in 0..101 {
+            ids.push(client.receive().await["id"].clone());
+        }
+        let at = ids.iter().position(|id| id == "last").unwrap();
+        assert!(at > 80, "it overtakes what waits with it, no more: {at}");
+        ids.remove(at);
+        assert!(ids.iter().enumerate().all(|(at, id)| *id == at), "in their order: {ids:?}");
     });
 }
 

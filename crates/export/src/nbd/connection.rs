@@ -78,6 +78,8 @@ impl Link {
 /// A connection in its transmission phase.
 pub(super) struct Transmission {
     pub(super) disk: Rc<Disk>,
+    /// Whatever is written is durable before the client hears of it.
+    pub(super) write_through: bool,
     pub(super) agreement: Agreement,
     pub(super) outbox: Outbox,
 }
@@ -94,12 +96,12 @@ impl Transmission {
     }
 }
 
-/// Talks to one client until either side has enough. `offers` and `disks` go together.
-pub(super) async fn serve(link: &Link, offers: Vec<Offer>, disks: Vec<Rc<Disk>>) -> io::Result<()> {
+/// Talks to one client until either side has enough. `offers` and `disks` (and whether they are written through) go together.
+pub(super) async fn serve(link: &Link, offers: Vec<Offer>, disks: Vec<(Rc<Disk>, bool)>) -> io::Result<()> {
     let names: Vec<String> = offers.iter().map(|offer| offer.name.clone()).collect();
     let outcome = match negotiate(link, offers).await {
         Ok(Some((agreement, early))) => {
-            let (disk, export) = (Rc::clone(&disks[agreement.export]), names[agreement.export].clone());
+            let (disk, export) = (disks[agreement.export].clone(), names[agreement.export].clone());
             *link.export.borrow_mut() = Some(export);
             drop(disks);
             link.transmitting.set(true);
@@ -147,8 +149,13 @@ async fn patient<T>(operation: impl Future<Output = io::Result<T>>) -> io::Resul
     ring::timeout(HANDSHAKE_PATIENCE, operation).await.unwrap_or_else(|| Err(io::ErrorKind::TimedOut.into()))
 }
 
-async fn transmit(link: &Link, disk: Rc<Disk>, agreement: Agreement, early: &[u8]) -> io::Result<()> {
-    let to = Rc::new(Transmission { disk, agreement, outbox: Outbox::new() });
+async fn transmit(
+    link: &Link,
+    (disk, write_through): (Rc<Disk>, bool),
+    agreement: Agreement,
+    early: &[u8],
+) -> io::Result<()> {
+    let to = Rc::new(Transmission { disk, write_through, agreement, outbox: Outbox::new() });
     let sender = spawn({
         let (to, file) = (Rc::clone(&to), link.file.clone());
         async move {

@@ -82,13 +82,13 @@ fn content(to: &Transmission, request: &Request, data: &Iov, ticket: Ticket) {
 
 /// `NBD_CMD_WRITE`.
 pub(super) async fn write(to: Rc<Transmission>, request: Request, data: Iov, ticket: Ticket) {
-    let outcome = to.disk.write(GuestOffset(request.offset), data, request.fua()).await;
+    let outcome = to.disk.write(GuestOffset(request.offset), data, request.fua() || to.write_through).await;
     finish(&to, &request, ticket, outcome);
 }
 
 /// Everything without data.
 pub(super) async fn other(to: Rc<Transmission>, command: Command, request: Request, ticket: Ticket) {
-    let (disk, fua) = (&to.disk, request.fua());
+    let (disk, fua) = (&to.disk, request.fua() || to.write_through);
     let range = GuestRange::new(GuestOffset(request.offset), u64::from(request.length));
     let outcome = match command {
         Command::Flush => disk.flush().await,

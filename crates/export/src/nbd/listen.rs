@@ -7,14 +7,16 @@ use super::Address;
 use crate::ExportError;
 use ring::File;
 use rustix::io::Errno;
-use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
+use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, sockopt};
+use std::collections::BTreeMap;
 use std::fs;
 use std::io;
 use std::net::{TcpListener, ToSocketAddrs};
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
+use std::sync::{Mutex, PoisonError};
 
 /// A socket that listens.
 pub(super) struct Listener {
@@ -58,16 +60,36 @@ pub(super) async fn listen(address: Address) -> Result<Listener, ExportError> {
     let what = match &address {
         Address::Unix(path) => format!("listen on {}", path.display()),
         Address::Tcp(host, port) => format!("listen on {host}:{port}"),
+        Address::Inherited(number) => format!("listen on descriptor {number}"),
     };
     let bound = ring::unblock(move || match address {
         Address::Unix(path) => bind_unix(path),
         Address::Tcp(host, port) => bind_tcp(host, port),
+        Address::Inherited(number) => take(number),
     });
     let (fd, address, socket_file) = bound.await.map_err(|source| ExportError { what, source })?;
     Ok(Listener { file: File::new(fd), address, socket_file })
 }
 
 type Bound = (OwnedFd, Address, Option<SocketFile>);
+
+/// Sockets that whoever started the program has left open, and that nobody has listened on yet.
+static HANDED: Mutex<BTreeMap<RawFd, OwnedFd>> = Mutex::new(BTreeMap::new());
+
+/// Hands over a socket that listens already, for [`Address::Inherited`] with its number. One server listens on it, once.
+pub fn hand_over(socket: OwnedFd) {
+    HANDED.lock().unwrap_or_else(PoisonError::into_inner).insert(socket.as_raw_fd(), socket);
+}
+
+fn take(number: RawFd) -> io::Result<Bound> {
+    let handed = HANDED.lock().unwrap_or_else(PoisonError::into_inner).remove(&number);
+    let fd =
+        handed.ok_or_else(|| io::Error::new(io::ErrorKind::NotFound, "no such socket was handed over at the start"))?;
+    if !sockopt::socket_acceptconn(&fd)? {
+        return Err(io::Error::new(io::ErrorKind::InvalidInput, "it is no socket that listens"));
+    }
+    Ok((fd, Address::Inherited(number), None))
+}
 
 fn bind_tcp(host: String, port: u16) -> io::Result<Bound> {
     let listener = match host.trim_start_matches('[').trim_end_matches(']') {

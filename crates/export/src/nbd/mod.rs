@@ -11,9 +11,11 @@ mod listen;
 mod outbox;
 mod server;
 
+pub use listen::hand_over;
 pub use server::NbdServer;
 
 use disk::Disk;
+use std::os::fd::RawFd;
 use std::path::PathBuf;
 use std::rc::Rc;
 
@@ -24,6 +26,8 @@ pub enum Address {
     Unix(PathBuf),
     /// Host and port.
     Tcp(String, u16),
+    /// A socket that listens already, which was handed over under this number ([`hand_over`]).
+    Inherited(RawFd),
 }
 
 /// What to offer.
@@ -37,4 +41,6 @@ pub struct NbdExport {
     pub disk: Rc<Disk>,
     /// Refuse writes even if the disk allows them.
     pub read_only: bool,
+    /// Whatever is written is durable before the client hears of it.
+    pub write_through: bool,
 }

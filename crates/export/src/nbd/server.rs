@@ -7,7 +7,6 @@ use super::connection::{self, Link};
 use super::listen::{Listener, SocketFile, listen};
 use super::{Address, NbdExport};
 use crate::ExportError;
-use disk::Disk;
 use futures_util::future::{Either, select};
 use nbd::handshake::Offer;
 use nbd::option::BlockSize;
@@ -23,7 +22,7 @@ use std::pin::pin;
 use std::rc::Rc;
 use std::time::Duration;
 
-/// Clients at once. More wait to be accepted.
+/// Clients at once, whatever is asked for. More wait to be accepted.
 const MAX_CONNECTIONS: usize = 256;
 
 /// How long accepting rests when the system is out of descriptors or memory.
@@ -46,6 +45,10 @@ struct Shared {
     listener: RefCell<Option<File>>,
     /// Removes the socket's file when dropped.
     socket_file: RefCell<Option<SocketFile>>,
+    /// Clients at once.
+    most: Cell<usize>,
+    /// Nobody is accepted for the time being.
+    held: Cell<bool>,
     accepting: Cell<bool>,
     stopping: Cell<bool>,
     stopped: Event,
@@ -64,6 +67,8 @@ impl NbdServer {
             exports: RefCell::new(exports),
             listener: RefCell::new(Some(file)),
             socket_file: RefCell::new(socket_file),
+            most: Cell::new(MAX_CONNECTIONS),
+            held: Cell::new(false),
             accepting: Cell::new(true),
             stopping: Cell::new(false),
             stopped: Event::new(),
@@ -78,6 +83,19 @@ impl NbdServer {
             accepting.changed.notify_all();
         });
         Ok(Self { shared, address })
+    }
+
+    /// Serves at most so many clients at once from now on (0: as many as there can be); more wait until one has left.
+    pub fn limit_clients(&self, most: u32) {
+        let most = if most == 0 { MAX_CONNECTIONS } else { MAX_CONNECTIONS.min(most as usize) };
+        self.shared.most.set(most);
+        self.shared.changed.notify_all();
+    }
+
+    /// Lets clients wait to be accepted (called before anything is awaited: from the first one on), or no longer.
+    pub fn hold(&self, held: bool) {
+        self.shared.held.set(held);
+        self.shared.changed.notify_all();
     }
 
     /// The address in use (with the port the system chose for port 0).
@@ -184,7 +202,7 @@ impl Shared {
     async fn accept(self: &Rc<Self>) {
         let mut next = 0_u64;
         while !self.stopping.get() {
-            if self.connections.borrow().len() >= MAX_CONNECTIONS {
+            if self.held.get() || self.connections.borrow().len() >= self.most.get() {
                 self.changed.wait().await;
                 continue;
             }
@@ -215,7 +233,7 @@ impl Shared {
         self.visited.set(true);
         let exports = self.exports.borrow();
         let offers = exports.iter().map(offer).collect();
-        let disks: Vec<Rc<Disk>> = exports.iter().map(|export| Rc::clone(&export.disk)).collect();
+        let disks = exports.iter().map(|export| (Rc::clone(&export.disk), export.write_through)).collect();
         drop(exports);
         let shared = Rc::clone(self);
         spawn(async move {

@@ -50,6 +50,7 @@ impl Device {
         let target = Rc::new(Target {
             disk: export.disk,
             read_only,
+            write_through: export.write_through,
             serial: export.serial,
             ledger: RefCell::new(None),
             lost: Cell::new(false),

@@ -42,6 +42,8 @@ pub struct VhostUserExport {
     pub disk: Rc<Disk>,
     /// Refuse writes even if the disk allows them.
     pub read_only: bool,
+    /// Whatever is written is durable before the guest hears of it, whatever it says of its cache.
+    pub write_through: bool,
     /// Virtqueues offered (a front end may use fewer), 1 to 256.
     pub queues: u16,
     /// What the guest reads as the device's serial (at most 20 bytes; what is longer is cut off).
@@ -54,6 +56,7 @@ impl fmt::Debug for VhostUserExport {
             .field("socket", &self.socket)
             .field("disk", &self.disk.name())
             .field("read_only", &self.read_only)
+            .field("write_through", &self.write_through)
             .field("queues", &self.queues)
             .field("serial", &self.serial)
             .finish()

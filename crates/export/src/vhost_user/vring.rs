@@ -36,6 +36,8 @@ pub(super) struct Target {
     pub disk: Rc<Disk>,
     /// Nothing may be written.
     pub read_only: bool,
+    /// Whatever is written is durable when it completes.
+    pub write_through: bool,
     /// What the guest reads as the serial.
     pub serial: String,
     /// Whether answers hang on this process, for the front end to keep.
@@ -424,9 +426,9 @@ impl Vring {
 
     /// Begins the requests at `heads`, each as a task of its own.
     fn begin(self: &Rc<Self>, state: &mut State, map: &Rc<GuestMap>, heads: &[u16], again: bool) -> Result<(), Broken> {
-        let Target { disk, read_only, .. } = &*self.target;
+        let Target { disk, read_only, write_through, .. } = &*self.target;
         let terms = Terms { features: state.features, size: disk.size(), read_only: *read_only };
-        let durable = !state.features.write_back();
+        let durable = *write_through || !state.features.write_back();
         for &head in heads {
             let (mut work, answer) = state.take(head, map, &terms, again)?.split();
             if self.target.lost.get() && work.changes() {

@@ -39,6 +39,7 @@ pub(crate) async fn connect(address: &Address) -> std::io::Result<File> {
         Ok(match address {
             Address::Unix(path) => UnixStream::connect(path)?.into(),
             Address::Tcp(host, port) => TcpStream::connect((host.as_str(), port))?.into(),
+            Address::Inherited(number) => unreachable!("no test listens on descriptor {number}"),
         })
     });
     Ok(File::new(connecting.await?))

@@ -76,7 +76,13 @@ pub(crate) async fn disk(name: &str, store: Rc<dyn Store>) -> Rc<Disk> {
 }
 
 pub(crate) fn export(name: &str, disk: &Rc<Disk>, read_only: bool) -> NbdExport {
-    NbdExport { name: name.into(), description: Some(format!("the {name}")), disk: Rc::clone(disk), read_only }
+    NbdExport {
+        name: name.into(),
+        description: Some(format!("the {name}")),
+        disk: Rc::clone(disk),
+        read_only,
+        write_through: false,
+    }
 }
 
 /// Bytes that differ everywhere, and from seed to seed.

@@ -2,7 +2,7 @@
 
 use crate::client::{Client, NONE, Style, connect, inspect, list};
 use crate::fixture::{Fixture, disk, export, on_ring, pattern};
-use headwater_export::nbd::{Address, NbdServer};
+use headwater_export::nbd::{Address, NbdExport, NbdServer};
 use nbd::client::{Answer, ClientError, ListedExport};
 use nbd::proto::{Command, NbdError, OptionReplyKind, TransmissionFlags};
 use ring::Iov;
@@ -297,5 +297,66 @@ fn disc_is_obeyed_after_what_came_before_it() {
         assert_eq!(client.wait(cookie).await, Ok(Answer::Done));
         assert!(!client.receive().await);
         assert_eq!(fixture.bytes()[..4096], [5; 4096]);
+    });
+}
+
+#[test]
+fn written_through_every_write_is_durable() {
+    on_ring(async {
+        let fixture = Fixture::new(1 << 20).await;
+        let through = NbdExport { write_through: true, ..export("through", &fixture.disk, false) };
+        fixture.server.add(through).unwrap();
+        for (name, durable) in [("disk", 0), ("through", 1)] {
+            let before = fixture.store.durable_writes.get();
+            let mut client = Client::to(fixture.address(), name, Style::Structured).await.unwrap();
+            client.write(NONE, 4096, &pattern(4096, 1)).await.unwrap();
+            assert_eq!(fixture.store.durable_writes.get() - before, durable, "{name}");
+            client.leave().await;
+        }
+    });
+}
+
+#[test]
+fn more_clients_than_are_wanted_wait_until_one_has_left() {
+    on_ring(async {
+        let fixture = Fixture::new(1 << 20).await;
+        fixture.server.limit_clients(1);
+        let first = Client::new(fixture.address(), Style::Structured).await;
+        let address = fixture.address().clone();
+        let served = std::rc::Rc::new(std::cell::Cell::new(false));
+        let mark = std::rc::Rc::clone(&served);
+        let second = ring::spawn(async move {
+            let client = Client::new(&address, Style::Structured).await;
+            mark.set(true);
+            client.leave().await;
+        });
+        ring::sleep(Duration::from_millis(50)).await;
+        assert!(!served.get() && fixture.server.connections() == 1);
+        first.leave().await;
+        second.await;
+        assert!(served.get());
+    });
+}
+
+#[test]
+fn a_socket_that_was_handed_over_is_listened_on_once() {
+    on_ring(async {
+        let fixture = Fixture::new(1 << 20).await;
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("handed.sock");
+        let handed = std::os::unix::net::UnixListener::bind(&path).unwrap();
+        let number = std::os::fd::AsRawFd::as_raw_fd(&handed);
+        let exports = || vec![export("disk", &fixture.disk, false)];
+        assert!(NbdServer::start(Address::Inherited(number), exports()).await.is_err(), "nobody handed it over");
+        headwater_export::nbd::hand_over(handed.into());
+        let server = NbdServer::start(Address::Inherited(number), exports()).await.unwrap();
+        let client = Client::new(&Address::Unix(path), Style::Structured).await;
+        client.leave().await;
+        assert!(NbdServer::start(Address::Inherited(number), exports()).await.is_err(), "it is in use");
+        server.stop().await;
+        let (one, _other) = std::os::unix::net::UnixStream::pair().unwrap();
+        let number = std::os::fd::AsRawFd::as_raw_fd(&one);
+        headwater_export::nbd::hand_over(one.into());
+        assert!(NbdServer::start(Address::Inherited(number), exports()).await.is_err(), "it does not listen");
     });
 }

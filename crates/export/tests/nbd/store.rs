@@ -14,6 +14,7 @@ fn target(address: &Address, read_only: bool) -> Target {
     let address = match address {
         Address::Unix(path) => store::nbd::Address::Unix(path.clone()),
         Address::Tcp(host, port) => store::nbd::Address::Tcp(host.clone(), *port),
+        Address::Inherited(number) => unreachable!("no test listens on descriptor {number}"),
     };
     Target { address, export: String::new(), read_only }
 }

@@ -155,6 +155,7 @@ fn a_stale_socket_is_replaced_and_a_served_one_is_not() {
             socket: path,
             disk: std::rc::Rc::clone(&inside.disk),
             read_only: false,
+            write_through: false,
             queues: 1,
             serial: String::new(),
         };

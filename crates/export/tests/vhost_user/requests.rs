@@ -65,7 +65,7 @@ fn the_used_length_counts_what_was_written() {
 
 #[test]
 fn the_configuration_space_is_what_the_disk_is() {
-    let server = Server::start(Setup { size: 3 << 20, queues: 5, read_only: false });
+    let server = Server::start(Setup { size: 3 << 20, queues: 5, ..Setup::default() });
     let mut driver = Driver::connect(server.path(), Options::default());
     let mut config = |offset, len: u32| {
         let blank = vec![0; len as usize];
@@ -108,6 +108,15 @@ fn without_flushes_every_write_is_durable() {
         assert_eq!(server.on(|inside| inside.store.take_log()), [want]);
         server.stop();
     }
+}
+
+#[test]
+fn written_through_every_write_is_durable_also_for_guests_that_flush() {
+    let server = Server::start(Setup { write_through: true, ..Setup::default() });
+    let mut driver = Driver::connect(server.path(), Options::default());
+    assert_eq!(driver.run(0, Slot(0), OUT, 0, 512), 0);
+    assert_eq!(server.on(|inside| inside.store.take_log()), ["write 0+512 fua"]);
+    server.stop();
 }
 
 #[test]

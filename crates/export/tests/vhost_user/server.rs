@@ -26,11 +26,12 @@ pub(crate) struct Setup {
     pub(crate) size: u64,
     pub(crate) queues: u16,
     pub(crate) read_only: bool,
+    pub(crate) write_through: bool,
 }
 
 impl Default for Setup {
     fn default() -> Self {
-        Self { size: 1 << 20, queues: 2, read_only: false }
+        Self { size: 1 << 20, queues: 2, read_only: false, write_through: false }
     }
 }
 
@@ -53,6 +54,7 @@ impl Server {
                 socket,
                 disk: Rc::clone(&disk),
                 read_only: setup.read_only,
+                write_through: setup.write_through,
                 queues: setup.queues,
                 serial: "serial-of-the-disk".into(),
             })

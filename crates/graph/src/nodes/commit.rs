@@ -199,7 +199,7 @@ impl Graph {
     /// Refuses where somebody else looks at the layers: he would not hear of what becomes of them.
     fn check_commit(&self, line: &[Rc<GraphNode>]) -> Result<()> {
         for (at, node) in line.iter().enumerate().skip(1) {
-            if let Some(job) = node.busy.get() {
+            if let Some(job) = node.busy.get().or_else(|| self.occupied(&node.name)) {
                 return Err(busy(node, job));
             }
             let others = self.parents(node).into_iter().map(|(parent, _)| parent);

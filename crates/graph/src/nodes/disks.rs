@@ -116,7 +116,8 @@ impl Graph {
     pub fn job_on(&self, name: &str) -> Option<&'static str> {
         let node = self.find(name)?;
         let disk = node.disk.borrow().clone();
-        node.busy.get().or_else(|| disk.filter(|disk| disk.claimed()).map(|_| "stream"))
+        let claimed = || disk.filter(|disk| disk.claimed()).map(|_| "stream");
+        node.busy.get().or_else(|| self.occupied(name)).or_else(claimed)
     }
 
     /// What `node` shows, made when it is first asked for.
@@ -132,7 +133,9 @@ impl Graph {
             disk
         } else {
             let options = DiskOptions { discard: node.discard.get(), ..DiskOptions::default() };
-            Disk::new(&node.name, self.chain(node).await?, options)
+            let disk = Disk::new(&node.name, self.chain(node).await?, options);
+            disk.set_sharers(self.sharers());
+            disk
         };
         *node.disk.borrow_mut() = Some(Rc::clone(&disk));
         Ok(disk)

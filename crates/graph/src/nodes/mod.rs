@@ -1,16 +1,17 @@
 //! Named nodes: a graph of places, formats and filters that users put together piece by piece (`--blockdev`, `blockdev-add`).
 //!
-//! `open` opens what a node stands for; `disks` gives a node to those who use it; `info` says what it is; `change` puts overlays
-//! on nodes that are in use; `commit` takes layers away from under those who use them;
-//! `create` makes images in nodes; `reopen` changes what can be changed of them.
+//! `open` opens what a node stands for; `disks` gives a node to those who use it; `shared` keeps the disks of nodes on each other in step;
+//! `busy` keeps jobs off each other's nodes; `info` says what it is; `change` puts overlays on nodes that are in use; `commit` takes layers
+//! away from under those who use them; `create` makes images in nodes; `reopen` changes what can be changed of them.
 //!
 //! # Invariants
 //! * A node is opened for reading when it is added. It is opened for writing when somebody first wants to write: so a file that is only
 //!   read stays free for other readers, as with QEMU, whose locks follow what a node's users do.
-//! * The graph owns what it opened, and closes it: disks have their layers lent. (An image that only a header names is the disk's
-//!   above it, which closes it when a stream lets go of it.)
+//! * The graph owns what it opened, and closes it: disks have their layers lent. (Only what a stream lets go of is closed by the disk, where
+//!   it was made along with it.)
 //! * One change of the graph at a time.
 
+mod busy;
 mod change;
 mod commit;
 mod create;
@@ -18,7 +19,9 @@ mod disks;
 mod info;
 mod open;
 mod reopen;
+mod shared;
 
+pub use busy::Busy;
 pub use change::{Change, Overlay};
 pub use commit::{CommitWish, Committing};
 pub use create::{MadeIn, make_file};
@@ -61,6 +64,13 @@ struct Filter {
 pub struct FilterShown {
     filters: Rc<RefCell<Vec<Filter>>>,
     name: String,
+}
+
+impl FilterShown {
+    /// What it is called.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
 }
 
 impl Drop for FilterShown {
@@ -136,7 +146,9 @@ pub(crate) fn known_driver(name: &str) -> bool {
 /// All nodes of a shard.
 pub struct Graph {
     sources: Sources,
-    nodes: RefCell<Vec<Rc<GraphNode>>>,
+    /// Disks know of each other by it ([`shared`]).
+    nodes: Rc<RefCell<Vec<Rc<GraphNode>>>>,
+    jobs: Rc<RefCell<Vec<busy::Work>>>,
     holds: RefCell<Vec<Weak<Hold>>>,
     filters: Rc<RefCell<Vec<Filter>>>,
     changing: Mutex<()>,
@@ -147,7 +159,8 @@ impl Graph {
     pub fn new(objects: Rc<Objects>) -> Self {
         Self {
             sources: Sources::new(FileOpener::default(), objects),
-            nodes: RefCell::default(),
+            nodes: Rc::default(),
+            jobs: Rc::default(),
             holds: RefCell::default(),
             filters: Rc::default(),
             changing: Mutex::new(()),

@@ -60,7 +60,7 @@ impl Graph {
             Node::CopyOnRead { .. } => {
                 let child = node.child("file").ok_or_else(|| wrong("A copy-on-read node needs a file"))?;
                 if writable {
-                    Box::pin(self.make_writable(&child)).await?;
+                    Box::pin(self.make_writable_for(&child, Some(node))).await?;
                 }
             }
             Node::Format { format, key_secret, .. } => {
@@ -90,7 +90,7 @@ impl Graph {
             child.lifted.set(child.implicit);
             Box::pin(self.open_for_writing(&child)).await?;
         } else if writable {
-            Box::pin(self.make_writable(&child)).await?;
+            Box::pin(self.make_writable_for(&child, Some(node))).await?;
         } else if child.store.borrow().is_none() && child.image.borrow().is_none() {
             Box::pin(self.open(&child, false)).await?;
         }
@@ -116,14 +116,22 @@ impl Graph {
 
     /// Opens a node, which was opened for reading, for writing.
     pub(super) async fn make_writable(&self, node: &Rc<GraphNode>) -> Result<()> {
+        self.make_writable_for(node, None).await
+    }
+
+    /// The same, for `opener`, which lies on it, if it is not for somebody from outside: who looks through that one was thought of.
+    async fn make_writable_for(&self, node: &Rc<GraphNode>, opener: Option<&GraphNode>) -> Result<()> {
         if node.writable.get() {
             return Ok(());
         }
         if node.is_read_only() {
             return Err(wrong("Block node is read-only"));
         }
-        let above = self.ancestors(node);
-        let watched = above.iter().find(|parent| parent.in_use());
+        // Whoever has it below an image can wait a moment; whoever takes it for bytes has them open.
+        let mut by_bytes = self.users_above(node);
+        by_bytes.retain(|parent| !opener.is_some_and(|opener| std::ptr::eq(Rc::as_ptr(parent), opener)));
+        by_bytes.extend(by_bytes.clone().iter().flat_map(|parent| self.ancestors(parent)));
+        let watched = by_bytes.iter().find(|parent| parent.in_use());
         if node.in_use() || watched.is_some() {
             let by = watched.map_or_else(String::new, |parent| format!(" by '{}'", parent.name));
             let what = format!(
@@ -133,17 +141,20 @@ impl Graph {
             return Err(Error::new(ErrorKind::Busy, "", None, what));
         }
         // Disks that somebody used once and that show this node: they are made anew when they are asked for.
-        for parent in above {
+        for parent in self.ancestors(node).into_iter().filter(|parent| !parent.in_use()) {
             let disk = parent.disk.borrow_mut().take();
             if let Some(disk) = disk.filter(|_| !matches!(parent.meaning, Node::CopyOnRead { .. })) {
-                disk.close().await?;
+                disk.retire().await?;
             }
         }
         let disk = node.disk.borrow_mut().take();
         if let Some(disk) = disk.filter(|_| !matches!(node.meaning, Node::CopyOnRead { .. })) {
-            disk.close().await?;
+            disk.retire().await?;
         }
-        self.open_for_writing(node).await
+        let mut above = self.drain_above(node).await?;
+        let opened = self.open_for_writing(node).await;
+        let shown = self.exchange_above(node, &mut above).await;
+        opened.and(shown)
     }
 
     /// The same, where nobody looks.
@@ -222,7 +233,7 @@ impl Graph {
                 disk.set_copies_down_to(None);
                 Ok(())
             }
-            Some(disk) => disk.close().await,
+            Some(disk) => disk.retire().await,
             None => Ok(()),
         };
         outcome.and(self.close_image(node).await)

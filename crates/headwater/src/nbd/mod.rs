@@ -5,12 +5,13 @@ mod list;
 
 use crate::exit::{Exit, Outcome};
 use crate::images::{self, Look, Naming};
-use crate::{background, tool};
+use crate::{background, size, tool};
 use control::{CacheMode, DiskSpec, Engine, EngineConfig};
 use disk::chain::Opener;
 use export::nbd::Address;
 use image::create::CreateOptions;
 use image::{BackingRef, Format};
+use serde_json::{Value, json};
 use std::path::PathBuf;
 use store::ailing::Ailments;
 use tokio::signal::unix::{SignalKind, signal};
@@ -29,12 +30,15 @@ pub(crate) struct Args {
     /// Unix socket to listen on, instead
     #[arg(short = 'k', long, value_name = "PATH")]
     socket: Option<PathBuf>,
-    /// How many clients share it (more are served, too; 0: any number)
+    /// How many clients share it at once; more wait (0: any number)
     #[arg(short = 'e', long, value_name = "NUM", default_value_t = 1)]
     shared: u32,
     /// Format of the image, instead of looking
     #[arg(short, long, value_name = "FMT")]
     format: Option<String>,
+    /// Where in the image the disk begins
+    #[arg(short, long, value_name = "BYTES", value_parser = size::parse)]
+    offset: Option<u64>,
     /// Clients may not write
     #[arg(short, long)]
     read_only: bool,
@@ -82,7 +86,7 @@ pub(crate) struct Args {
 }
 
 pub(crate) fn run(args: &Args) -> Outcome {
-    let _ = (args.shared, &args.aio, &args.discard, args.verbose);
+    let _ = (&args.aio, &args.discard, args.verbose);
     if args.list {
         if args.file.is_some() {
             return Err("List mode is incompatible with a file name".into());
@@ -97,7 +101,13 @@ pub(crate) fn run(args: &Args) -> Outcome {
     }
     let look = args.naming.look(args.format.as_deref())?;
     let format = look.format;
-    let named = args.naming.name(file)?;
+    let mut named = args.naming.name(file)?;
+    let mut format = format;
+    if let Some(offset) = args.offset.filter(|offset| *offset > 0) {
+        named = part(&named, &look, offset)?;
+        format = None;
+    }
+    let look = Look { format, ..look };
     let cache = if args.nocache { Some(CacheMode::None) } else { CacheMode::from_name(&args.cache) };
     let cache = cache.ok_or_else(|| format!("Invalid cache mode '{}'", args.cache))?;
     if args.fork {
@@ -140,7 +150,7 @@ async fn serve(args: &Args, spec: DiskSpec, address: Address) -> Result<(), Stri
     let name = spec.name.clone();
     let started = async {
         engine.add_disk(spec).await.map_err(|error| error.to_string())?;
-        engine.serve_nbd(address, vec![name.clone()]).await.map_err(|error| error.to_string())?;
+        engine.serve_nbd_to(address, vec![name.clone()], args.shared).await.map_err(|error| error.to_string())?;
         match &args.pid_file {
             Some(path) => std::fs::write(path, format!("{}\n", std::process::id()))
                 .map_err(|error| format!("{}: {error}", path.display())),
@@ -174,6 +184,23 @@ async fn serve(args: &Args, spec: DiskSpec, address: Address) -> Result<(), Stri
         let _ = std::fs::remove_file(path);
     }
     started.and(ended)
+}
+
+/// What `named` shows from `offset` on, as a name.
+fn part(named: &str, look: &Look, offset: u64) -> Result<String, String> {
+    let tree: Value = match named.strip_prefix("json:") {
+        Some(text) => serde_json::from_str(text).map_err(|error| error.to_string())?,
+        None => {
+            let format = images::on_ring(async {
+                let chain = images::open(named, &Look { image_opts: false, ..look.clone() }).await?;
+                let format = chain[0].image.format();
+                images::close(&chain).await?;
+                Ok(format)
+            })?;
+            json!({ "driver": format.name(), "file": { "driver": "file", "filename": named } })
+        }
+    };
+    Ok(format!("json:{}", json!({ "driver": "raw", "offset": offset, "file": tree })))
 }
 
 /// An empty image over `file`, which goes away with the folder.

@@ -37,6 +37,11 @@ pub(crate) fn run(words: Vec<OsString>) -> Outcome {
     if plan.is_empty() {
         return Err(program::become_it(&program, line.words()));
     }
+    if let Some(option) = ["incoming", "loadvm"].into_iter().find(|option| line.has(option)) {
+        return Err(format!(
+            "-{option} is not there for a machine whose disks Headwater serves: no state of a machine is moved or kept with them"
+        ));
+    }
     if plan.daemonize && !background::is_detached() {
         return background::start("-daemonize", "-pidfile", plan.pid_file.as_deref(), "qemu");
     }

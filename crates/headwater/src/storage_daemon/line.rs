@@ -72,6 +72,19 @@ fn typed(tree: &mut Map<String, Value>, flags: &[&str], numbers: &[&str]) {
     }
 }
 
+/// A socket that was left open for the server is taken now, before anything else could be open under its number.
+fn handed(server: &Map<String, Value>) -> Result<(), String> {
+    let text = |key: &str| server.get("addr").and_then(|addr| addr.get(key)).and_then(Value::as_str);
+    if text("type") != Some("fd") {
+        return Ok(());
+    }
+    let number = text("str").unwrap_or_default();
+    let failed = |why: &dyn std::fmt::Display| format!("File descriptor '{number}' cannot be used: {why}");
+    let fd = number.parse().map_err(|_| failed(&"it is no number"))?;
+    export::nbd::hand_over(ring::inherited(fd).map_err(|why| failed(&why))?);
+    Ok(())
+}
+
 impl Line {
     /// Reads it. Of several mistakes the first counts.
     pub(super) fn read(words: &[String]) -> Result<Self, String> {
@@ -116,6 +129,7 @@ impl Line {
             "--nbd-server" => {
                 let mut tree = tree(value, implied)?;
                 typed(&mut tree, &[], &["max-connections"]);
+                handed(&tree)?;
                 Action::NbdServer(tree)
             }
             "--export" => {

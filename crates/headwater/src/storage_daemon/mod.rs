@@ -7,6 +7,7 @@ mod line;
 use crate::exit::{Exit, Outcome};
 use crate::{background, trace};
 use chardev::Chardev;
+use control::qmp::Open;
 use control::{Engine, EngineConfig, Failure};
 use line::{Action, Line};
 use std::collections::HashMap;
@@ -25,7 +26,7 @@ Headwater under qemu-storage-daemon's command line
   --blockdev [driver=]DRIVER[,node-name=N][,discard=ignore|unmap][,cache.direct=on|off][,cache.no-flush=on|off]
              [,read-only=on|off][,driver specific parameters...]
                          configure a block backend
-  --chardev socket,id=ID,path=PATH[,server=on|off][,wait=off]
+  --chardev socket,id=ID,path=PATH[,server=on|off][,wait=on|off][,reconnect=SECONDS]
   --chardev socket,id=ID,host=HOST,port=PORT[,server=on|off]
   --chardev socket,id=ID,fd=FD[,server=on|off]
   --chardev stdio,id=ID
@@ -75,16 +76,22 @@ async fn serve(line: &Line) -> Outcome {
         ends.push(signal(kind).map_err(|error| format!("could not watch for signals: {error}"))?);
     }
     let engine = Engine::start(&EngineConfig::default()).map_err(|error| format!("could not start: {error}"))?;
-    let started = start(line, &engine).await;
-    if started.is_ok() {
-        let signalled = futures_util::future::select_all(ends.iter_mut().map(|end| Box::pin(end.recv())));
+    let mut signalled = futures_util::future::select_all(ends.iter_mut().map(|end| Box::pin(end.recv())));
+    // Also while it waits for somebody to come to a monitor.
+    let started = tokio::select! {
+        started = start(line, &engine) => Some(started),
+        _ = &mut signalled => None,
+    };
+    if let Some(Ok(())) = started {
         tokio::select! {
             _ = signalled => {}
             () = engine.quit_requested() => {}
         }
     }
+    let stood = matches!(started, Some(Ok(())));
+    let started = started.unwrap_or(Ok(()));
     let ended = engine.shut_down().await.map_err(|error| error.to_string());
-    if let (Ok(()), Some(path)) = (&started, &line.pid_file) {
+    if let (true, Some(path)) = (stood, &line.pid_file) {
         // It may be gone already: then there is nothing to do.
         let _ = std::fs::remove_file(path);
     }
@@ -94,11 +101,16 @@ async fn serve(line: &Line) -> Outcome {
 
 /// Does what the line says, in its order.
 async fn start(line: &Line, engine: &Engine) -> Result<(), String> {
-    let mut chardevs: HashMap<String, Chardev> = HashMap::new();
+    let mut chardevs: HashMap<String, Open> = HashMap::new();
     for (option, action) in &line.actions {
-        let done = act(action, engine, &mut chardevs).await;
+        let done = act(option, action, engine, &mut chardevs).await;
         done.map_err(|failure| format!("{option}: {}", failure.desc))?;
     }
+    let admitted = engine.on_nodes(|shard| async move {
+        shard.admit_nbd_clients();
+        Ok(())
+    });
+    admitted.await.map_err(|failure| failure.desc)?;
     if let Some(path) = &line.pid_file {
         write_pid(path)?;
     }
@@ -106,21 +118,30 @@ async fn start(line: &Line, engine: &Engine) -> Result<(), String> {
     Ok(())
 }
 
-async fn act(action: &Action, engine: &Engine, chardevs: &mut HashMap<String, Chardev>) -> Result<(), Failure> {
+async fn act(
+    option: &str,
+    action: &Action,
+    engine: &Engine,
+    chardevs: &mut HashMap<String, Open>,
+) -> Result<(), Failure> {
     match action {
         Action::Blockdev(tree) => control::qmp::blockdev_add(engine, tree.clone()).await,
         Action::Object(tree) => control::qmp::object_add(engine, tree.clone()).await,
         Action::Export(tree) => control::qmp::export_add(engine, tree.clone()).await,
         Action::NbdServer(tree) => control::qmp::nbd_server_start(engine, tree.clone()).await,
         Action::Chardev(tree) => {
-            let (id, chardev) = Chardev::read(tree.clone()).map_err(Failure::generic)?;
-            chardevs.insert(id, chardev);
+            let chardev = Chardev::read(tree.clone()).map_err(Failure::generic)?;
+            let (id, taken) = chardev.take(option).await?;
+            if chardevs.insert(id, taken).is_some() {
+                return Err(Failure::generic("duplicate yank instance"));
+            }
             Ok(())
         }
         Action::Monitor { chardev, pretty } => {
             let place =
                 chardevs.remove(chardev).ok_or_else(|| Failure::generic(format!("chardev \"{chardev}\" not found")))?;
-            place.serve(engine, *pretty).await
+            chardev::serve(place, engine, *pretty);
+            Ok(())
         }
     }
 }

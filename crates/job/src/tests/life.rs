@@ -2,6 +2,7 @@
 
 use super::target::{CLUSTER, MIB, Sketch};
 use super::{millis, sims};
+use crate::window::CHUNK;
 use crate::{JobErrorKind, Status, Verb};
 use std::time::Duration;
 
@@ -161,12 +162,12 @@ fn a_pause_waits_for_what_is_in_flight_and_issues_nothing() {
         ring::sleep(Duration::from_secs(100)).await;
         assert_eq!(target.begun.borrow().len(), issued);
         let before = world.info();
-        assert!(!before.busy && before.offset == issued as u64 * MIB);
+        assert!(!before.busy && before.offset == issued as u64 * CHUNK);
         world.jobs.resume("j").unwrap();
         world.until(None).await;
         let told = world.told();
         assert_eq!(told[..4], ["created", "running", "paused", "running"]);
-        assert_eq!(target.begun.borrow().len(), 64, "and nothing was copied twice");
+        assert_eq!(target.begun.borrow().len(), 128, "and nothing was copied twice");
     });
 }
 
@@ -213,13 +214,14 @@ fn a_cancel_keeps_what_has_arrived() {
         world.until(None).await;
         assert_eq!(world.told(), ["created", "running", "aborting", "CANCELLED", "concluded", "null"]);
         assert_eq!(target.begun.borrow().len() as u64, issued, "nothing new was issued");
-        assert_eq!(target.missing(), (64 - issued) * MIB);
-        assert_eq!(world.last_progress(), (64 * MIB, issued * MIB));
+        let rest = 64 * MIB - issued * CHUNK;
+        assert_eq!(target.missing(), rest);
+        assert_eq!(world.last_progress(), (64 * MIB, issued * CHUNK));
         assert!(!target.finished.get());
         // And another one goes on from there.
         world.start(&target, |_| {}).unwrap();
         world.until(None).await;
-        assert_eq!(world.last_progress(), ((64 - issued) * MIB, (64 - issued) * MIB));
+        assert_eq!(world.last_progress(), (rest, rest));
         assert!(target.finished.get());
     });
 }
