@@ -141,3 +141,35 @@ fn a_stream_and_a_commit_run_side_by_side() -> Result {
         Ok(())
     })
 }
+
+/// A stream below ends while a commit above is ready, and lets go of images that only a header named. What the commit puts in the disk's
+/// place must not ask them any more: where nothing was copied, since there was nothing, there are zeros.
+#[test]
+fn what_a_stream_let_go_of_is_not_asked_after_a_commit() -> Result {
+    peer!("headwater", "qemu-storage-daemon", "qemu-img", "qemu-io");
+    everywhere(|world| {
+        let size = 8 * MIB;
+        world.raw("low.raw", 2 * MIB)?;
+        let mut disk = std::fs::read(world.at("low.raw"))?;
+        std::fs::File::options().write(true).open(world.at("low.raw"))?.set_len(size)?;
+        disk.resize(8 << 20, 0);
+        world.overlay("mid", "low.raw", "raw", None)?;
+        world.overlay("base", "mid", world.format, None)?;
+        world.overlay("top", "base", world.format, None)?;
+        world.io(world.format, "top", "write -P 0xff 1M 64k")?;
+        disk[1 << 20..(1 << 20) + 65536].fill(0xff);
+        // What lies below `mid` is found by its header.
+        let mid = world.node("mid", "mid", None);
+        let mut daemon = world.start(&world.node("top", "top", Some(world.node("base", "base", Some(mid)))))?;
+        daemon.does("block-commit", json!({"device": "top", "job-id": "c", "base-node": "base"}))?;
+        let ready = daemon.qmp.event("BLOCK_JOB_READY")?;
+        assert_eq!(ready["device"], "c");
+        daemon.does("block-stream", json!({"device": "mid", "job-id": "s"}))?;
+        daemon.completed("s")?;
+        daemon.does("block-job-complete", json!({"device": "c"}))?;
+        daemon.completed("c")?;
+        all_is_well(world, daemon, &disk)?;
+        assert_eq!(world.backing("mid")?, None);
+        world.sound("base", &disk)
+    })
+}

@@ -141,6 +141,19 @@ impl Graph {
         Ok(disk)
     }
 
+    /// What lies right below a node that others lie on. What a stream into it has let go of is not there any more, though the graph
+    /// has not followed yet ([`Graph::reconcile`]): it may be closed.
+    fn still_below(at: &GraphNode) -> Option<Rc<GraphNode>> {
+        let mut below = at.child("backing");
+        let Some(disk) = at.disk.borrow().clone() else { return below };
+        let chain = disk.chain();
+        let kept = chain.get(1).map(|layer| layer.node.as_str());
+        while let Some(gone) = below.take_if(|below| Some(below.name.as_str()) != kept) {
+            below = gone.child("backing");
+        }
+        below
+    }
+
     /// The images from `node` down.
     pub(super) async fn chain(&self, node: &Rc<GraphNode>) -> Result<Vec<Layer>> {
         let image = self.image_of(node).await?;
@@ -152,15 +165,16 @@ impl Graph {
         let first = Layer::new(&node.name, name, image);
         let mut layers = vec![Layer { lent: true, thresholds: thresholds(node), ..first }];
         // What only headers name, right below, is the disk's own; what a user made a node of is not.
-        let (mut at, mut own) = (Rc::clone(node), true);
-        while let Some(below) = at.child("backing") {
+        let mut own = true;
+        let mut next = node.child("backing");
+        while let Some(below) = next {
             own &= below.own;
             let image = self.image_of(&below).await?;
             let said = layers.last().and_then(|above| above.image.backing()).map(|backing| backing.name);
             let name = said.unwrap_or_else(|| image.file().name().to_owned());
             let layer = Layer::new(&below.name, name, image);
             layers.push(Layer { lent: !own, thresholds: thresholds(&below), ..layer });
-            at = below;
+            next = Self::still_below(&below);
         }
         if let Some(last) = layers.last_mut() {
             last.bottom = true;
