@@ -9,6 +9,7 @@
 use crate::disk::Inner;
 use crate::read::usize_of;
 use crate::view::Found;
+use crate::walk::FirstRun;
 use crate::{Copied, Disk, Missing};
 use image::{Error, ErrorKind, Result};
 use layout::{GuestOffset, GuestRange};
@@ -16,10 +17,6 @@ use ring::Iov;
 use std::rc::Rc;
 use store::Backing;
 
-/// Steps of the walk between two pauses for others.
-const STEPS_A_TURN: u32 = 64;
-/// A run is handed out after so many steps, even if it goes on.
-const STEPS_A_RUN: u32 = 1024;
 /// Data are moved in parts of at most this.
 const PART: u64 = 1 << 20;
 
@@ -29,16 +26,8 @@ impl Inner {
         let view = self.view();
         let above = view.layers.iter().position(|layer| layer.node == base).ok_or_else(|| self.no_layer(base))?;
         let mut rest = range.intersect(GuestRange::between(GuestOffset::ZERO, GuestOffset(self.top.size())));
-        let mut found: Option<Missing> = None;
-        let mut steps = 0;
-        while !rest.is_empty() {
-            steps += 1;
-            if steps % STEPS_A_TURN == 0 {
-                ring::yield_now().await;
-            }
-            if found.is_some() && steps >= STEPS_A_RUN {
-                break;
-            }
+        let mut first = FirstRun::new();
+        while !rest.is_empty() && first.goes_on().await {
             let run = view.resolve(0, above, rest).await?;
             let (zero, len) = match run.found {
                 Found::Data(layer, host) => match view.stored(layer, host, run.len).await? {
@@ -49,17 +38,12 @@ impl Inner {
                 Found::Zero(_) | Found::PastEnd(_) => (Some(true), run.len),
                 Found::Nothing => (None, run.len),
             };
-            match (&mut found, zero) {
-                (Some(so_far), Some(zero)) if so_far.zero == zero => {
-                    so_far.range = so_far.range.start().range(so_far.range.len() + len);
-                }
-                (Some(_), _) => break,
-                (None, Some(zero)) => found = Some(Missing { range: rest.first(len), zero }),
-                (None, None) => {}
+            if !first.take(rest.first(len), zero) {
+                break;
             }
             rest = rest.skip(len);
         }
-        Ok(found)
+        Ok(first.found().map(|(range, zero)| Missing { range, zero }))
     }
 
     /// See [`Disk::carry`].
@@ -96,7 +80,7 @@ impl Inner {
     async fn check_carried(&self, part: GuestRange, data: &Iov, into: &Disk) -> Result<()> {
         let back = Iov::alloc(data.len());
         into.read(part.start(), back.clone()).await?;
-        if back.to_vec() == data.to_vec() {
+        if back.holds(data) {
             return Ok(());
         }
         let what = format!("{part} was written to '{}' and reads back as something else", into.name());

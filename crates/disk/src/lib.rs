@@ -37,6 +37,7 @@ mod status;
 mod stream;
 mod threshold;
 mod view;
+mod walk;
 mod write;
 mod zero;
 
@@ -287,9 +288,11 @@ impl Disk {
     }
 
     /// Shuts the door: requests wait, and those inside have left when this returns. For whoever puts another chain in place.
-    /// Nobody else may wait for the disk meanwhile who holds what the caller needs.
+    /// Nobody else may wait for the disk meanwhile who holds what the caller needs. Given up, it opens the door again when they have
+    /// left.
     pub async fn drain(&self) -> Result<Drained> {
-        Drained::of(&self.root).await
+        let root = Rc::clone(&self.root);
+        shield(async move { Drained::of(&root).await }).await
     }
 
     /// A guest's request that changes `len` bytes at `at`.

@@ -9,16 +9,12 @@
 
 use crate::disk::Inner;
 use crate::view::{Found, View, mapped};
+use crate::walk::FirstRun;
 use crate::{Missing, StreamBase};
 use image::{Error, ErrorKind, Mapping, Result};
 use layout::{GuestOffset, GuestRange};
 use std::rc::Rc;
 use store::Backing;
-
-/// Steps of the walk between two pauses for others.
-const STEPS_A_TURN: u32 = 64;
-/// A missing run is handed out after so many steps, even if it goes on: who asks wants to begin.
-const STEPS_A_RUN: u32 = 1024;
 
 /// What a run of a layer's bytes below an unallocated part of the top means for a stream.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -111,16 +107,8 @@ impl Inner {
             return Ok(None);
         }
         let mut rest = GuestRange::between(from.align_down(self.unit), end);
-        let mut found: Option<(GuestRange, Class)> = None;
-        let mut steps = 0;
-        while !rest.is_empty() {
-            steps += 1;
-            if steps % STEPS_A_TURN == 0 {
-                ring::yield_now().await;
-            }
-            if found.is_some() && steps >= STEPS_A_RUN {
-                break;
-            }
+        let mut run = FirstRun::new();
+        while !rest.is_empty() && run.goes_on().await {
             let top = mapped(&*self.top, rest).await?;
             let whole = if top.len == rest.len() { top.len } else { top.len & !(self.unit - 1) };
             let (class, len) = match top.mapping {
@@ -131,15 +119,12 @@ impl Inner {
                 Mapping::Unallocated => view.class_of_clusters(rest.first(whole), self.unit, above).await?,
                 _ => (Class::Zeros, whole),
             };
-            match &mut found {
-                Some((run, of)) if *of == class => *run = run.start().range(run.len() + len),
-                Some(_) => break,
-                None if class.is_missing() => found = Some((rest.first(len), class)),
-                None => {}
+            if !run.take(rest.first(len), class.is_missing().then_some(class)) {
+                break;
             }
             rest = rest.skip(len);
         }
-        Ok(found.map(|(range, class)| Missing { range, zero: class == Class::Mask }))
+        Ok(run.found().map(|(range, class)| Missing { range, zero: class == Class::Mask }))
     }
 
     /// The class of a cluster of the top that is mapped in parts (subclusters): it is copied as a whole if anything of it is missing.

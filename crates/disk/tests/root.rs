@@ -123,6 +123,28 @@ fn what_was_written_before_is_flushed_after() {
     });
 }
 
+/// Whoever stops a disk may go away before it stands still: the door opens when those inside have left, not before.
+#[test]
+fn a_drain_that_is_given_up_opens_the_door_when_nobody_is_inside() {
+    Sim::new(6).block_on(async {
+        let (world, disk, _, base) = world(6, false).await;
+        let held = world.hold("top", Write);
+        let inside = Rc::clone(&disk);
+        let inside = ring::spawn(async move { write(&inside, 0, &[1; 512]).await });
+        quiet().await;
+        let draining = ring::timeout(Duration::from_secs(5), disk.drain()).await;
+        assert!(draining.is_none());
+        let outside = Rc::clone(&disk);
+        let outside = ring::spawn(async move { read(&outside, UNIT, 512).await });
+        ring::sleep(Duration::from_secs(30)).await;
+        assert!(!outside.is_finished(), "somebody is inside still");
+        held.end();
+        inside.await.unwrap();
+        assert_eq!(outside.await.unwrap(), base[UNIT as usize..UNIT as usize + 512]);
+        disk.close().await.unwrap();
+    });
+}
+
 #[test]
 fn nothing_put_in_place_is_the_same_chain_again() {
     Sim::new(4).block_on(async {

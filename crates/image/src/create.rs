@@ -19,6 +19,23 @@ pub enum Preallocation {
     Full,
 }
 
+impl Preallocation {
+    /// What users call it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Off => "off",
+            Self::Metadata => "metadata",
+            Self::Falloc => "falloc",
+            Self::Full => "full",
+        }
+    }
+
+    /// The mode of this name.
+    pub fn from_name(name: &str) -> Option<Self> {
+        [Self::Off, Self::Metadata, Self::Falloc, Self::Full].into_iter().find(|mode| mode.name() == name)
+    }
+}
+
 /// What a new image is to be.
 #[derive(Clone, Debug)]
 pub struct CreateOptions {

@@ -271,6 +271,30 @@ impl Iov {
         })
     }
 
+    /// Whether both hold the same bytes (no copy; early out).
+    pub fn holds(&self, other: &Iov) -> bool {
+        if self.len != other.len {
+            return false;
+        }
+        let (mut at, mut same) = (0, true);
+        other.walk(0, other.len, |segment, _, len| {
+            let mut done = 0;
+            self.walk(at, len, |mine, skip, part| {
+                // SAFETY: `walk` hands out parts that lie in their segments, whose owners keep them mapped and readable. The C library
+                // reads behind the compiler's back, as in `is_zero`.
+                same = unsafe {
+                    let (a, b) = (mine.start.as_ptr().add(skip), segment.start.as_ptr().add(done));
+                    libc::memcmp(a.cast(), b.cast(), part) == 0
+                };
+                done += part;
+                same
+            });
+            at += len;
+            same
+        });
+        same
+    }
+
     /// Calls `visit` with each segment that `at..at + len` touches, the offset in it and the length there, until it
     /// answers `false`. Panics past the end.
     fn walk(&self, at: usize, len: usize, mut visit: impl FnMut(&Segment, usize, usize) -> bool) {
@@ -338,6 +362,29 @@ unsafe fn is_zero(start: *const u8, len: usize) -> bool {
 mod tests {
     use super::*;
     use std::cell::Cell;
+
+    #[test]
+    fn the_same_bytes_in_other_segments_are_the_same() {
+        let bytes = counted(10_000);
+        let pieces = |ends: &[usize]| {
+            let mut all = Iov::empty();
+            let mut start = 0;
+            for end in ends.iter().copied().chain([bytes.len()]) {
+                all.append(&Iov::from_slice(&bytes[start..end]));
+                start = end;
+            }
+            all
+        };
+        let (one, other) = (pieces(&[1, 4096, 9999]), pieces(&[5000]));
+        assert!(one.holds(&other) && other.holds(&one) && Iov::empty().holds(&Iov::empty()));
+        assert!(!one.holds(&other.slice(0..9999)));
+        for at in [0, 1, 4095, 4096, 5000, 9998, 9999] {
+            let mut changed = bytes.clone();
+            changed[at] ^= 1;
+            assert!(!one.holds(&Iov::from_slice(&changed)), "{at}");
+            assert!(!Iov::from_slice(&changed).holds(&other), "{at}");
+        }
+    }
 
     fn counted(len: usize) -> Vec<u8> {
         (0..len).map(|at| (at % 251) as u8).collect()

@@ -45,13 +45,17 @@ impl Lookouts {
 
     /// Lets those that have something take it.
     pub(crate) fn attend(&self) {
-        if self.is_empty() {
-            return;
-        }
-        // They may come back here, so nothing is borrowed meanwhile.
-        let news: Vec<_> = self.0.borrow().iter().filter(|lookout| lookout.has_news()).cloned().collect();
-        for lookout in news {
-            lookout.attend();
+        // They may come back here and add others behind, so nothing is borrowed meanwhile. Only a rest takes away.
+        let mut at = 0;
+        loop {
+            let news = match self.0.borrow().get(at) {
+                None => return,
+                Some(lookout) => lookout.has_news().then(|| Rc::clone(lookout)),
+            };
+            if let Some(lookout) = news {
+                lookout.attend();
+            }
+            at += 1;
         }
     }
 

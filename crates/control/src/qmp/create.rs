@@ -92,23 +92,12 @@ enum Make {
 }
 
 fn preallocation(arguments: &mut Arguments) -> Result<Preallocation, Failure> {
-    let known = |word: &str| match word {
-        "off" => Some(Preallocation::Off),
-        "metadata" => Some(Preallocation::Metadata),
-        "falloc" => Some(Preallocation::Falloc),
-        "full" => Some(Preallocation::Full),
-        _ => None,
-    };
-    Ok(arguments.word("preallocation", known)?.unwrap_or_default())
-}
-
-fn number(arguments: &mut Arguments, name: &str) -> Result<Option<u64>, Failure> {
-    arguments.size(name)
+    Ok(arguments.word("preallocation", Preallocation::from_name)?.unwrap_or_default())
 }
 
 fn small(arguments: &mut Arguments, name: &str) -> Result<Option<u32>, Failure> {
     let too_large = || Failure::generic(format!("Parameter 'options.{name}' expects uint32"));
-    number(arguments, name)?.map(|value| u32::try_from(value).map_err(|_| too_large())).transpose()
+    arguments.size(name)?.map(|value| u32::try_from(value).map_err(|_| too_large())).transpose()
 }
 
 /// What the options of a driver mean.
@@ -138,20 +127,20 @@ fn understand(mut options: Map<String, Value>) -> Result<Make, Failure> {
         arguments.boolean("nocow")?;
         return Ok(Make::File {
             file: arguments.needed_string("filename")?,
-            size: number(&mut arguments, "size")?.unwrap_or_default(),
+            size: arguments.size("size")?.unwrap_or_default(),
             preallocation: preallocation(&mut arguments)?,
         });
     }
     let place = arguments.value("file").and_then(MadeIn::of);
     let place = place.ok_or_else(|| super::arguments::wrong_type("options.file", "BlockdevRef"))?;
     let format = Format::from_name(&driver).ok_or_else(|| Failure::generic(format!("Unknown driver '{driver}'")))?;
-    let mut options = CreateOptions::new(format, number(&mut arguments, "size")?.unwrap_or_default());
+    let mut options = CreateOptions::new(format, arguments.size("size")?.unwrap_or_default());
     let backing_format = arguments.string("backing-fmt")?;
     let unknown = |name: &String| Failure::generic(format!("Parameter 'backing-fmt' does not accept value '{name}'"));
     let backing_format =
         backing_format.map(|name| Format::from_name(&name).ok_or_else(|| unknown(&name))).transpose()?;
     options.backing = arguments.string("backing-file")?.map(|name| BackingRef { name, format: backing_format });
-    options.cluster_size = number(&mut arguments, "cluster-size")?;
+    options.cluster_size = arguments.size("cluster-size")?;
     options.table_size = small(&mut arguments, "table-size")?;
     if arguments.string("version")?.is_some_and(|version| version == "v2") {
         options.qcow2.version = 2;
@@ -165,7 +154,7 @@ fn understand(mut options: Map<String, Value>) -> Result<Make, Failure> {
         options.qcow2.compression = Compression::Zstd;
     }
     let key_secret = arguments.string("key-secret")?;
-    options.iteration_time = number(&mut arguments, "iter-time")?.map(Duration::from_millis);
+    options.iteration_time = arguments.size("iter-time")?.map(Duration::from_millis);
     let preallocation = preallocation(&mut arguments)?;
     arguments.end()?;
     Ok(Make::Image { place, options, key_secret, preallocation })

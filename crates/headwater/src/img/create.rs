@@ -185,13 +185,7 @@ fn is_the_only_cipher(key: &str, value: &str) -> Result<bool, String> {
 
 /// A mode of preallocation, as users write it.
 pub(crate) fn preallocation(value: &str) -> Result<Preallocation, String> {
-    match value {
-        "off" => Ok(Preallocation::Off),
-        "metadata" => Ok(Preallocation::Metadata),
-        "falloc" => Ok(Preallocation::Falloc),
-        "full" => Ok(Preallocation::Full),
-        _ => Err(format!("Parameter 'preallocation' does not accept value '{value}'")),
-    }
+    Preallocation::from_name(value).ok_or_else(|| format!("Parameter 'preallocation' does not accept value '{value}'"))
 }
 
 /// On or off, as users write it.
@@ -425,18 +419,13 @@ fn formatting_line(
             let _ = write!(line, " table_size={clusters}");
         }
     }
-    line.push_str(preallocation_word(preallocation));
+    line.push_str(&preallocation_word(preallocation));
     line
 }
 
 /// How `Formatting` shows a mode of preallocation.
-fn preallocation_word(how: Preallocation) -> &'static str {
-    match how {
-        Preallocation::Off => "",
-        Preallocation::Metadata => " preallocation=metadata",
-        Preallocation::Falloc => " preallocation=falloc",
-        Preallocation::Full => " preallocation=full",
-    }
+fn preallocation_word(how: Preallocation) -> String {
+    if how == Preallocation::Off { String::new() } else { format!(" preallocation={}", how.name()) }
 }
 
 /// The same for QCOW2, whose options come first.
