@@ -212,3 +212,12 @@ fn read_answer(answer: &Value) -> Result<std::result::Result<Value, QmpError>> {
         _ => Err(error!("neither a return nor an error: {answer}")),
     }
 }
+
+/// The row of an answer whose `key` is `value`.
+///
+/// # Errors
+/// There is none.
+pub fn row<'a>(answer: &'a Value, key: &str, value: &str) -> Result<&'a Value> {
+    let found = answer.as_array().into_iter().flatten().find(|row| row[key] == value);
+    found.ok_or_else(|| error!("no row with {key} = {value} in {answer:#}"))
+}

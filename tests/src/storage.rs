@@ -26,6 +26,14 @@ impl Kind {
     /// Both, ours first.
     pub const ALL: [Kind; 2] = [Kind::Ours, Kind::Theirs];
 
+    /// What a folder of its is called.
+    pub fn name(self) -> &'static str {
+        match self {
+            Kind::Ours => "ours",
+            Kind::Theirs => "theirs",
+        }
+    }
+
     /// The program; ours by a link in `dir`.
     ///
     /// # Errors

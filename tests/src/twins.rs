@@ -1,34 +1,22 @@
 //! One conversation with our storage daemon and QEMU's, and the images that both leave.
 
 use std::fs;
-use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use serde_json::{Map, Value, json};
 use tempfile::TempDir;
 
-use crate::process::{Daemon, finish};
+use crate::Result;
+use crate::process::finish;
 use crate::qemu::qemu_io;
-use crate::qmp::Qmp;
 use crate::sides::master;
-use crate::{Result, peer};
-
-/// A storage daemon of either kind, in a folder of its own.
-pub struct Storage {
-    /// It.
-    pub daemon: Daemon,
-    /// Its monitor.
-    pub qmp: Qmp,
-}
+use crate::storage::{Kind, Storage};
 
 /// Both kinds, and a folder for each.
 pub struct Both {
     dir: TempDir,
 }
-
-/// Which is which.
-pub const KINDS: [&str; 2] = ["ours", "theirs"];
 
 impl Both {
     /// With a chain in each folder: `base.raw`, `mid.qcow2` on it, `top.qcow2` and `top.qed` on that.
@@ -37,9 +25,7 @@ impl Both {
     /// Where the images cannot be made.
     pub fn new() -> Result<Self> {
         let both = Self { dir: tempfile::tempdir()? };
-        fs::create_dir(both.dir.path().join("bin"))?;
-        symlink(fs::canonicalize(peer::headwater()?)?, both.dir.path().join("bin/qemu-storage-daemon"))?;
-        for kind in KINDS {
+        for kind in Kind::ALL {
             let dir = both.at(kind);
             fs::create_dir(&dir)?;
             master(&dir.join("base.raw"), 4 << 20, 9)?;
@@ -57,21 +43,16 @@ impl Both {
     }
 
     /// The folder of one of them.
-    pub fn at(&self, kind: &str) -> PathBuf {
-        self.dir.path().join(kind)
+    pub fn at(&self, kind: Kind) -> PathBuf {
+        self.dir.path().join(kind.name())
     }
 
     /// One of them with these words, not run yet.
     ///
     /// # Errors
     /// Where it is not there.
-    pub fn command(&self, kind: &str, words: &[&str]) -> Result<Command> {
-        let program = if kind == "ours" {
-            self.dir.path().join("bin/qemu-storage-daemon")
-        } else {
-            peer::find("qemu-storage-daemon")?
-        };
-        let mut command = Command::new(program);
+    pub fn command(&self, kind: Kind, words: &[&str]) -> Result<Command> {
+        let mut command = Command::new(kind.program(&self.at(kind))?);
         command.args(words).current_dir(self.at(kind));
         Ok(command)
     }
@@ -80,19 +61,8 @@ impl Both {
     ///
     /// # Errors
     /// Where it does not start.
-    pub fn start(&self, kind: &str, words: &[&str]) -> Result<Storage> {
-        let socket = self.at(kind).join("qmp.sock");
-        let chardev = format!("socket,id=m,path={},server=on,wait=off", socket.display());
-        let mut words = words.to_vec();
-        let pid = self.at(kind).join("daemon.pid");
-        let _ = fs::remove_file(&pid);
-        let pid_file = pid.display().to_string();
-        words.extend(["--chardev", &chardev, "--monitor", "chardev=m", "--pidfile", &pid_file]);
-        let mut daemon = Daemon::spawn(kind, self.command(kind, &words)?)?;
-        daemon.listening(&socket)?;
-        daemon.stands(&pid)?;
-        let qmp = if kind == "theirs" { Qmp::connect_to_qemus(&socket) } else { Qmp::connect(&socket) };
-        Ok(Storage { qmp: qmp?, daemon })
+    pub fn start(&self, kind: Kind, words: &[&str]) -> Result<Storage> {
+        Storage::start(kind, &self.at(kind), words)
     }
 
     /// Ends both with the same words: exit code and what is said on standard error.
@@ -101,7 +71,7 @@ impl Both {
     /// Where they cannot be run.
     pub fn refused(&self, words: &[&str]) -> Result {
         let mut said = Vec::new();
-        for kind in KINDS {
+        for kind in Kind::ALL {
             let output = self.command(kind, words)?.output()?;
             let text = String::from_utf8_lossy(&output.stderr).into_owned();
             // Some begin with the program's whole path.
@@ -158,7 +128,7 @@ use Say::{Do, Hear, Io};
 /// Where one of them cannot be spoken to.
 pub fn converse(both: &Both, words: &[&str], steps: &[Say]) -> Result {
     let mut transcripts = Vec::new();
-    for kind in KINDS {
+    for kind in Kind::ALL {
         let Storage { mut daemon, mut qmp } = both.start(kind, words)?;
         let mut transcript = Vec::new();
         for step in steps {

@@ -9,8 +9,9 @@ use std::time::Duration;
 use headwater_tests::process::finish;
 use headwater_tests::qemu::{check, compare, info, qemu_io};
 use headwater_tests::random::Random;
+use headwater_tests::storage::{Kind, Storage};
 use headwater_tests::twins::Say::{self, Do, Hear, Io};
-use headwater_tests::twins::{Both, GRAPH, KINDS, Storage, converse};
+use headwater_tests::twins::{Both, GRAPH, converse};
 use headwater_tests::writer::{BLOCK, Writer, holds, shown};
 use headwater_tests::{Result, error, peer};
 use serde_json::{Value, json};
@@ -45,7 +46,7 @@ fn serve() -> [Say; 2] {
 
 /// Both have the same in the file of this name.
 fn same(both: &Both, file: &str) -> Result {
-    compare(&both.at("ours").join(file), &both.at("theirs").join(file))?.ok()?;
+    compare(&both.at(Kind::Ours).join(file), &both.at(Kind::Theirs).join(file))?.ok()?;
     Ok(())
 }
 
@@ -118,11 +119,11 @@ fn layers_in_the_middle_go() -> Result {
         for file in ["top.qcow2", "mid.qcow2", "base.raw"] {
             same(&both, file)?;
         }
-        for kind in KINDS {
+        for kind in Kind::ALL {
             let top = both.at(kind).join("top.qcow2");
             check(&top)?.ok()?;
-            assert_eq!(info(&top)?["backing-filename"], "base.raw", "{kind}");
-            assert_eq!(info(&top)?["backing-filename-format"], "raw", "{kind}");
+            assert_eq!(info(&top)?["backing-filename"], "base.raw", "{kind:?}");
+            assert_eq!(info(&top)?["backing-filename-format"], "raw", "{kind:?}");
         }
     }
     Ok(())
@@ -133,7 +134,7 @@ fn layers_in_the_middle_go() -> Result {
 fn by_the_names_of_files_and_into_a_base_that_grows() -> Result {
     peer!("headwater", "qemu-storage-daemon", "qemu-img", "qemu-io");
     let both = Both::new()?;
-    for kind in KINDS {
+    for kind in Kind::ALL {
         let dir = both.at(kind);
         for line in ["resize -q mid.qcow2 5M", "create -q -f qcow2 -b mid.qcow2 -F qcow2 long.qcow2 6M"] {
             finish(Command::new("qemu-img").args(line.split(' ')).current_dir(&dir))?.ok()?;
@@ -155,10 +156,10 @@ fn by_the_names_of_files_and_into_a_base_that_grows() -> Result {
             Do("query-jobs", json!({})),
         ],
     )?;
-    for kind in KINDS {
+    for kind in Kind::ALL {
         let dir = both.at(kind);
-        assert_eq!(info(&dir.join("long.qcow2"))?["backing-filename"], "./base.raw", "{kind}");
-        assert_eq!(fs::metadata(dir.join("base.raw"))?.len(), 6 << 20, "{kind}");
+        assert_eq!(info(&dir.join("long.qcow2"))?["backing-filename"], "./base.raw", "{kind:?}");
+        assert_eq!(fs::metadata(dir.join("base.raw"))?.len(), 6 << 20, "{kind:?}");
         compare(&dir.join("long.qcow2"), &dir.join("base.raw"))?.ok()?;
     }
     same(&both, "base.raw")
@@ -218,7 +219,7 @@ fn the_active_layer_is_committed_when_it_is_said_so() -> Result {
     for file in ["base.raw", "mid.qcow2", "top.qcow2"] {
         same(&both, file)?;
     }
-    compare(&both.at("ours").join("base.raw"), &both.at("ours").join("top.qcow2"))?.ok()?;
+    compare(&both.at(Kind::Ours).join("base.raw"), &both.at(Kind::Ours).join("top.qcow2"))?.ok()?;
     Ok(())
 }
 
@@ -287,8 +288,8 @@ fn layers_go_from_below_a_frozen_image() -> Result {
     for file in ["base.raw", "top.qcow2"] {
         same(&both, file)?;
     }
-    for kind in KINDS {
-        assert_eq!(info(&both.at(kind).join("top.qcow2"))?["backing-filename"], "base.raw", "{kind}");
+    for kind in Kind::ALL {
+        assert_eq!(info(&both.at(kind).join("top.qcow2"))?["backing-filename"], "base.raw", "{kind:?}");
     }
     Ok(())
 }
@@ -336,8 +337,8 @@ fn served() -> Vec<&'static str> {
 fn a_guest_writes_on_while_everything_goes_down_and_up() -> Result {
     peer!("headwater", "qemu-img", "qemu-io");
     let both = Both::new()?;
-    let dir = both.at("ours");
-    let Storage { mut daemon, mut qmp } = both.start("ours", &served())?;
+    let dir = both.at(Kind::Ours);
+    let Storage { mut daemon, mut qmp } = both.start(Kind::Ours, &served())?;
     let writer = Writer::start(&dir.join("nbd.sock"), "disk", 1024, Random::seed())?;
     let mut top = "fmt".to_owned();
     for round in 0..8 {
@@ -387,7 +388,7 @@ fn a_guest_writes_on_while_everything_goes_down_and_up() -> Result {
 fn packed_clusters_are_replaced_under_a_guest_at_work() -> Result {
     peer!("headwater", "qemu-img", "qemu-io");
     let both = Both::new()?;
-    let dir = both.at("ours");
+    let dir = both.at(Kind::Ours);
     for line in [
         "convert -c -f raw -O qcow2 base.raw packed.qcow2",
         "create -q -f qcow2 -b packed.qcow2 -F qcow2 -o cluster_size=4k over.qcow2",
@@ -404,7 +405,7 @@ fn packed_clusters_are_replaced_under_a_guest_at_work() -> Result {
         "--export",
         "nbd,id=e,node-name=fmt,writable=on,name=disk",
     ];
-    let Storage { mut daemon, mut qmp } = both.start("ours", &words)?;
+    let Storage { mut daemon, mut qmp } = both.start(Kind::Ours, &words)?;
     let writer = Writer::start(&dir.join("nbd.sock"), "disk", 1024, Random::seed())?;
     for _ in 0..3 {
         qmp.execute("block-commit", json!({"device": "fmt", "job-id": "j"}))?;
@@ -441,11 +442,11 @@ fn killed_at_any_instant_nothing_is_lost() -> Result {
     let (mut completed, mut pivots) = (0, 0);
     for round in 0..16 {
         let both = Both::new()?;
-        let dir = both.at("ours");
+        let dir = both.at(Kind::Ours);
         // More to carry.
         qemu_io("qcow2", &dir.join("mid.qcow2"), &["write -P 5 0 4M"])?;
         let before = shown(&dir.join("top.qcow2"))?;
-        let Storage { mut daemon, mut qmp } = both.start("ours", &served())?;
+        let Storage { mut daemon, mut qmp } = both.start(Kind::Ours, &served())?;
         let mut guest = headwater_tests::nbd::Client::connect_with(
             &dir.join("nbd.sock"),
             &headwater_tests::nbd::Options { name: "disk".to_owned(), ..Default::default() },

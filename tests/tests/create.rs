@@ -1,8 +1,9 @@
 //! `blockdev-create`: the same conversations as with QEMU's storage daemon, and images that both take for what they are.
 
 use headwater_tests::qemu::{check, info};
+use headwater_tests::storage::{Kind, Storage};
 use headwater_tests::twins::Say::{self, Do};
-use headwater_tests::twins::{Both, GRAPH, KINDS, Storage, converse};
+use headwater_tests::twins::{Both, GRAPH, converse};
 use headwater_tests::{Result, error, peer};
 use serde_json::{Value, json};
 
@@ -96,7 +97,7 @@ fn images_are_made_and_what_cannot_be_is_said_by_the_job() -> Result {
         ("query-named-block-nodes", json!({"flat": true})),
     ];
     let mut said = Vec::new();
-    for kind in KINDS {
+    for kind in Kind::ALL {
         let mut storage = both.start(kind, &GRAPH)?;
         let mut answers = Vec::new();
         for (command, arguments) in &steps {
@@ -119,13 +120,13 @@ fn images_are_made_and_what_cannot_be_is_said_by_the_job() -> Result {
         assert_eq!(ours, theirs);
     }
     for image in ["a.img", "b.img", "c.img"] {
-        let (ours, theirs) = (info(&both.at("ours").join(image))?, info(&both.at("theirs").join(image))?);
+        let (ours, theirs) = (info(&both.at(Kind::Ours).join(image))?, info(&both.at(Kind::Theirs).join(image))?);
         for key in
             ["format", "virtual-size", "cluster-size", "backing-filename", "backing-filename-format", "format-specific"]
         {
             assert_eq!(ours[key], theirs[key], "{image}: {key}");
         }
-        check(&both.at("ours").join(image))?.ok()?;
+        check(&both.at(Kind::Ours).join(image))?.ok()?;
     }
     Ok(())
 }
@@ -135,7 +136,7 @@ fn images_are_made_and_what_cannot_be_is_said_by_the_job() -> Result {
 fn an_encrypted_image_is_made_for_a_secret() -> Result {
     peer!("headwater", "qemu-img", "qemu-io");
     let both = Both::new()?;
-    let mut storage = both.start("ours", &["--object", "secret,id=s0,data=hello"])?;
+    let mut storage = both.start(Kind::Ours, &["--object", "secret,id=s0,data=hello"])?;
     for options in [
         json!({"driver": "file", "filename": "l.img", "size": 0}),
         json!({"driver": "luks", "file": {"driver": "file", "filename": "l.img"}, "size": 1 << 20, "key-secret": "s0",
@@ -149,9 +150,9 @@ fn an_encrypted_image_is_made_for_a_secret() -> Result {
     storage.qmp.execute("blockdev-create", json!({"job-id": "j", "options": options}))?;
     assert_eq!(concluded(&mut storage)?, json!("No secret with id 'x'"));
     storage.daemon.terminate()?;
-    let image = both.at("ours").join("l.img");
+    let image = both.at(Kind::Ours).join("l.img");
     let options = format!("driver=luks,key-secret=s0,file.driver=file,file.filename={}", image.display());
-    let plain = both.at("ours").join("plain.raw");
+    let plain = both.at(Kind::Ours).join("plain.raw");
     let to = plain.to_str().ok_or("a name")?;
     let line = ["convert", "--object", "secret,id=s0,data=hello", "--image-opts", &options, "-O", "raw", to];
     headwater_tests::qemu::qemu_img(line)?.ok()?;

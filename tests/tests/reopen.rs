@@ -1,6 +1,7 @@
 //! What can be changed of nodes in use: marks that writes pass, and `blockdev-reopen`; the same conversations as with QEMU's storage
 //! daemon.
 
+use headwater_tests::storage::Kind;
 use headwater_tests::twins::Say::{self, Do, Hear, Io};
 use headwater_tests::twins::{Both, GRAPH, converse};
 use headwater_tests::{Result, peer};
@@ -122,7 +123,7 @@ fn nodes_in_use_are_changed_in_the_same_words() -> Result {
         reopen(&json!([throttle("nope")])),
     ]);
     converse(&both, &GRAPH, &steps)?;
-    let [ours, theirs] = headwater_tests::twins::KINDS.map(|kind| both.at(kind).join("top.qcow2"));
+    let [ours, theirs] = Kind::ALL.map(|kind| both.at(kind).join("top.qcow2"));
     headwater_tests::qemu::compare(&ours, &theirs)?.ok()?;
     headwater_tests::qemu::check(&ours)?.ok()?;
     Ok(())

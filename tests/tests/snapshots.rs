@@ -12,15 +12,16 @@ use headwater_tests::nbd::{Client, Options};
 use headwater_tests::process::finish;
 use headwater_tests::qemu::{check, compare, info, qemu_io};
 use headwater_tests::random::Random;
+use headwater_tests::storage::{Kind, Storage};
 use headwater_tests::twins::Say::{self, Do, Hear};
-use headwater_tests::twins::{Both, GRAPH, KINDS, Storage, converse};
+use headwater_tests::twins::{Both, GRAPH, converse};
 use headwater_tests::writer::{Writer, holds, shown};
 use headwater_tests::{Result, peer};
 use serde_json::{Value, json};
 
 /// `snap.qcow2`, which is made to lie on `top.qcow2`.
 fn with_an_overlay(both: &Both) -> Result {
-    for kind in KINDS {
+    for kind in Kind::ALL {
         let dir = both.at(kind);
         for line in ["create -q -f qcow2 -u -b top.qcow2 -F qcow2 snap.qcow2 4M", "create -q -f raw plain.raw 4M"] {
             finish(Command::new("qemu-img").args(line.split(' ')).current_dir(&dir))?.ok()?;
@@ -95,14 +96,14 @@ fn files_are_put_on_nodes_in_the_same_words() -> Result {
         Do("blockdev-del", json!({"node-name": "fmt"})),
     ]);
     converse(&both, &GRAPH, &steps)?;
-    for kind in KINDS {
+    for kind in Kind::ALL {
         for image in ["a.qcow2", "b.qed", "c.qcow2"] {
             check(&both.at(kind).join(image))?.ok()?;
         }
     }
-    compare(&both.at("ours").join("b.qed"), &both.at("theirs").join("b.qed"))?.ok()?;
+    compare(&both.at(Kind::Ours).join("b.qed"), &both.at(Kind::Theirs).join("b.qed"))?.ok()?;
     for image in ["a.qcow2", "b.qed", "c.qcow2"] {
-        let (ours, theirs) = (info(&both.at("ours").join(image))?, info(&both.at("theirs").join(image))?);
+        let (ours, theirs) = (info(&both.at(Kind::Ours).join(image))?, info(&both.at(Kind::Theirs).join(image))?);
         for key in ["backing-filename", "backing-filename-format", "virtual-size", "format"] {
             assert_eq!(ours[key], theirs[key], "{image}: {key}");
         }
@@ -196,7 +197,7 @@ fn transactions_are_carried_out_or_not_in_the_same_words() -> Result {
         Do("query-block-exports", json!({})),
     ]);
     converse(&both, &GRAPH, &steps)?;
-    compare(&both.at("ours").join("t3.qcow2"), &both.at("theirs").join("t3.qcow2"))?.ok()?;
+    compare(&both.at(Kind::Ours).join("t3.qcow2"), &both.at(Kind::Theirs).join("t3.qcow2"))?.ok()?;
     Ok(())
 }
 
@@ -204,11 +205,11 @@ fn transactions_are_carried_out_or_not_in_the_same_words() -> Result {
 fn a_guest_writes_on_while_overlays_are_put_under_it() -> Result {
     peer!("headwater", "qemu-img", "qemu-io");
     let both = Both::new()?;
-    let dir = both.at("ours");
+    let dir = both.at(Kind::Ours);
     let mut words = GRAPH.to_vec();
     words.extend(["--nbd-server", "addr.type=unix,addr.path=nbd.sock"]);
     words.extend(["--export", "nbd,id=e,node-name=fmt,writable=on,name=disk"]);
-    let Storage { mut daemon, mut qmp } = both.start("ours", &words)?;
+    let Storage { mut daemon, mut qmp } = both.start(Kind::Ours, &words)?;
     let writer = Writer::start(&dir.join("nbd.sock"), "disk", 1024, Random::seed())?;
     let mut images: Vec<PathBuf> = vec![dir.join("top.qcow2")];
     let mut top = "fmt".to_owned();
@@ -248,7 +249,7 @@ fn a_guest_writes_on_while_overlays_are_put_under_it() -> Result {
 fn a_transaction_is_one_moment_of_several_disks() -> Result {
     peer!("headwater", "qemu-img", "qemu-io");
     let both = Both::new()?;
-    let dir = both.at("ours");
+    let dir = both.at(Kind::Ours);
     for name in ["p.qcow2", "q.qcow2"] {
         let line = format!("create -q -f qcow2 {name} 1M");
         finish(Command::new("qemu-img").args(line.split(' ')).current_dir(&dir))?.ok()?;
@@ -265,7 +266,7 @@ fn a_transaction_is_one_moment_of_several_disks() -> Result {
         "--export",
         "nbd,id=eq,node-name=q,writable=on,name=q",
     ];
-    let Storage { mut daemon, mut qmp } = both.start("ours", &words)?;
+    let Storage { mut daemon, mut qmp } = both.start(Kind::Ours, &words)?;
     let stop = Arc::new(AtomicBool::new(false));
     let connect = |name: &str| {
         let options = Options { name: name.to_owned(), ..Options::default() };
@@ -311,12 +312,12 @@ fn a_transaction_is_one_moment_of_several_disks() -> Result {
 fn filters_follow_to_the_overlay() -> Result {
     peer!("headwater", "qemu-img", "qemu-io");
     let both = Both::new()?;
-    let dir = both.at("ours");
+    let dir = both.at(Kind::Ours);
     let mut words = GRAPH.to_vec();
     words.extend(["--blockdev", "copy-on-read,node-name=cor,file=fmt"]);
     words.extend(["--nbd-server", "addr.type=unix,addr.path=nbd.sock"]);
     words.extend(["--export", "nbd,id=e,node-name=cor,writable=on,name=disk"]);
-    let Storage { mut daemon, mut qmp } = both.start("ours", &words)?;
+    let Storage { mut daemon, mut qmp } = both.start(Kind::Ours, &words)?;
     let uri = format!("nbd+unix:///disk?socket={}", dir.join("nbd.sock").display());
     let uri = Path::new(&uri);
     qemu_io("raw", uri, &["write -P 7 0 64k"])?;
@@ -348,7 +349,7 @@ fn a_filter_copies_down_to_its_bottom_only() -> Result {
     peer!("headwater", "qemu-storage-daemon", "qemu-img", "qemu-io");
     let both = Both::new()?;
     let mut maps = Vec::new();
-    for kind in KINDS {
+    for kind in Kind::ALL {
         let dir = both.at(kind);
         let mut words = GRAPH.to_vec();
         words.extend(["--blockdev", "copy-on-read,node-name=cor,file=fmt,bottom=mid"]);

@@ -9,8 +9,9 @@ use std::time::{Duration, Instant};
 use headwater_tests::process::{Daemon, PATIENCE, finish};
 use headwater_tests::qemu::{check, compare, qemu_io};
 use headwater_tests::qmp::Qmp;
+use headwater_tests::storage::{Kind, Storage};
 use headwater_tests::twins::Say::{self, Do, Hear};
-use headwater_tests::twins::{Both, GRAPH, KINDS, Storage, converse, sorted};
+use headwater_tests::twins::{Both, GRAPH, converse, sorted};
 use headwater_tests::{Result, error, peer};
 use serde_json::{Value, json};
 
@@ -156,12 +157,12 @@ fn streams_are_started_refused_and_end_in_the_same_words() -> Result {
     steps.extend(done());
     steps.push(Do("query-block-jobs", json!({})));
     converse(&both, &GRAPH, &steps)?;
-    for kind in KINDS {
+    for kind in Kind::ALL {
         let top = both.at(kind).join("top.qcow2");
         check(&top)?.ok()?;
-        assert!(headwater_tests::qemu::info(&top)?.get("backing-filename").is_none(), "{kind}");
+        assert!(headwater_tests::qemu::info(&top)?.get("backing-filename").is_none(), "{kind:?}");
     }
-    compare(&both.at("ours").join("top.qcow2"), &both.at("theirs").join("top.qcow2"))?.ok()?;
+    compare(&both.at(Kind::Ours).join("top.qcow2"), &both.at(Kind::Theirs).join("top.qcow2"))?.ok()?;
     // By the names of files; and into QED, whose chain nobody but headers name.
     for (format, name) in [("qcow2", "top.qcow2"), ("qed", "top.qed")] {
         let both = Both::new()?;
@@ -173,8 +174,8 @@ fn streams_are_started_refused_and_end_in_the_same_words() -> Result {
         steps.push(stream(&json!({"speed": 1 << 30})));
         steps.push(Hear("BLOCK_JOB_COMPLETED"));
         converse(&both, &words, &steps)?;
-        compare(&both.at("ours").join(name), &both.at("theirs").join(name))?.ok()?;
-        assert!(headwater_tests::qemu::info(&both.at("ours").join(name))?.get("backing-filename").is_none());
+        compare(&both.at(Kind::Ours).join(name), &both.at(Kind::Theirs).join(name))?.ok()?;
+        assert!(headwater_tests::qemu::info(&both.at(Kind::Ours).join(name))?.get("backing-filename").is_none());
     }
     Ok(())
 }
@@ -221,18 +222,18 @@ fn a_line_that_makes_no_sense_is_refused_in_the_same_words() -> Result {
 fn a_monitor_is_waited_for() -> Result {
     peer!("headwater", "qemu-storage-daemon", "qemu-img", "qemu-io");
     let both = Both::new()?;
-    for (kind, wait) in KINDS.into_iter().flat_map(|kind| ["", ",wait=on"].map(|wait| (kind, wait))) {
+    for (kind, wait) in Kind::ALL.into_iter().flat_map(|kind| ["", ",wait=on"].map(|wait| (kind, wait))) {
         let dir = both.at(kind);
         let (socket, pid) = (dir.join("m.sock"), dir.join("pid"));
         let _ = fs::remove_file(&socket);
         let place = format!("socket,id=m,path={},server=on{wait}", socket.display());
         let pid_file = pid.display().to_string();
         let words = ["--chardev", &place, "--monitor", "m", "--pidfile", &pid_file];
-        let mut daemon = Daemon::spawn(kind, both.command(kind, &words)?)?;
+        let mut daemon = Daemon::spawn(kind.name(), both.command(kind, &words)?)?;
         daemon.listening(&socket)?;
         daemon.says(&format!("--chardev {place}: info: QEMU waiting for connection on: disconnected:unix:"))?;
         sleep(Duration::from_millis(200));
-        assert!(!pid.exists(), "{kind}: it did not wait");
+        assert!(!pid.exists(), "{kind:?}: it did not wait");
         let mut qmp = Qmp::connect(&socket)?;
         qmp.execute("query-version", json!({}))?;
         daemon.until("pidfile", |_| pid.exists().then_some(()))?;
@@ -244,7 +245,7 @@ fn a_monitor_is_waited_for() -> Result {
     }
     // Ours can be told to end meanwhile.
     let place = "socket,id=m,path=m.sock,server=on";
-    let mut daemon = Daemon::spawn("ours", both.command("ours", &["--chardev", place])?)?;
+    let mut daemon = Daemon::spawn(Kind::Ours.name(), both.command(Kind::Ours, &["--chardev", place])?)?;
     daemon.says("waiting for connection")?;
     assert!(daemon.terminate()?.success());
     Ok(())
@@ -255,17 +256,17 @@ fn a_monitor_is_waited_for() -> Result {
 fn a_client_that_listens_is_sought_again() -> Result {
     peer!("headwater", "qemu-storage-daemon", "qemu-img", "qemu-io");
     let both = Both::new()?;
-    for kind in KINDS {
+    for kind in Kind::ALL {
         let socket = both.at(kind).join("client.sock");
         let place = format!("socket,id=m,path={},reconnect=1", socket.display());
-        let mut daemon = Daemon::spawn(kind, both.command(kind, &["--chardev", &place, "--monitor", "m"])?)?;
+        let mut daemon = Daemon::spawn(kind.name(), both.command(kind, &["--chardev", &place, "--monitor", "m"])?)?;
         sleep(Duration::from_millis(100));
         let listener = std::os::unix::net::UnixListener::bind(&socket)?;
         for _ in 0..2 {
             let (client, _) = listener.accept()?;
             let mut greeting = String::new();
             std::io::BufRead::read_line(&mut std::io::BufReader::new(client), &mut greeting)?;
-            assert!(greeting.contains("QMP"), "{kind}: {greeting}");
+            assert!(greeting.contains("QMP"), "{kind:?}: {greeting}");
         }
         daemon.terminate()?;
     }
@@ -276,7 +277,7 @@ fn a_client_that_listens_is_sought_again() -> Result {
 fn clients_read_and_write_while_a_stream_runs() -> Result {
     peer!("headwater", "qemu-img", "qemu-io");
     let both = Both::new()?;
-    let dir = both.at("ours");
+    let dir = both.at(Kind::Ours);
     let before = dir.join("before.raw");
     let convert = ["convert", "-f", "qcow2", "-O", "raw", "top.qcow2", "before.raw"];
     finish(Command::new("qemu-img").args(convert).current_dir(&dir))?.ok()?;
@@ -289,7 +290,7 @@ fn clients_read_and_write_while_a_stream_runs() -> Result {
         "--export",
         "nbd,id=e,node-name=cor,writable=on,name=disk",
     ]);
-    let Storage { mut daemon, mut qmp } = both.start("ours", &words)?;
+    let Storage { mut daemon, mut qmp } = both.start(Kind::Ours, &words)?;
     let uri = format!("nbd+unix:///disk?socket={}", dir.join("nbd.sock").display());
     let uri = Path::new(&uri);
     qemu_io("raw", uri, &["write -P 9 3M 64k", "read -P 5 1M 64k"])?;
@@ -320,11 +321,11 @@ fn clients_read_and_write_while_a_stream_runs() -> Result {
 fn it_goes_into_the_background_and_ends_by_a_signal() -> Result {
     peer!("headwater", "qemu-img", "qemu-io", "nbdinfo");
     let both = Both::new()?;
-    let dir = both.at("ours");
+    let dir = both.at(Kind::Ours);
     let mut words = GRAPH.to_vec();
     words.extend(["--daemonize", "--pidfile", "pid", "--nbd-server", "addr.type=unix,addr.path=nbd.sock"]);
     words.extend(["--export", "nbd,id=e,node-name=fmt,description=the disk"]);
-    let status = both.command("ours", &words)?.status()?;
+    let status = both.command(Kind::Ours, &words)?.status()?;
     assert!(status.success());
     let pid = fs::read_to_string(dir.join("pid"))?;
     let uri = format!("nbd+unix:///fmt?socket={}", dir.join("nbd.sock").display());
@@ -332,7 +333,7 @@ fn it_goes_into_the_background_and_ends_by_a_signal() -> Result {
     let text = String::from_utf8_lossy(&said.stdout).into_owned();
     assert!(text.contains("is_read_only: true") && text.contains("the disk"), "{text} {said:?}");
     // A second one may read the same files, since this one only reads.
-    let mut second = both.start("ours", &GRAPH)?;
+    let mut second = both.start(Kind::Ours, &GRAPH)?;
     second.daemon.terminate()?;
     assert!(Command::new("kill").args(["-HUP", pid.trim()]).status()?.success());
     let began = Instant::now();
@@ -352,7 +353,7 @@ fn out_of_band_is_offered_and_refused_in_the_same_words() -> Result {
     peer!("headwater", "qemu-storage-daemon", "qemu-img", "qemu-io");
     let both = Both::new()?;
     let mut said = Vec::new();
-    for kind in KINDS {
+    for kind in Kind::ALL {
         let Storage { mut daemon, qmp } = both.start(kind, &GRAPH)?;
         drop(qmp);
         let mut qmp = Qmp::greeted(&both.at(kind).join("qmp.sock"))?;
@@ -382,7 +383,7 @@ fn out_of_band_is_offered_and_refused_in_the_same_words() -> Result {
         let mut qmp = Qmp::connect(&both.at(kind).join("qmp.sock"))?;
         qmp.send_raw(r#"{"exec-oob": "query-version", "id": 1}"#)?;
         let answer = qmp.answer()?;
-        assert_eq!(answer["error"]["desc"], "QMP input member 'exec-oob' is unexpected", "{kind}");
+        assert_eq!(answer["error"]["desc"], "QMP input member 'exec-oob' is unexpected", "{kind:?}");
         drop(qmp);
         daemon.terminate()?;
     }
