@@ -5,6 +5,15 @@ use image::{Error, ErrorKind, Result};
 use std::cell::RefCell;
 use std::rc::{Rc, Weak};
 
+/// What a commit calls itself.
+pub(super) const COMMIT: &str = "commit";
+
+/// A job has the node of this name.
+pub(super) fn busy(node: &str, job: &str) -> Error {
+    let what = format!("Node '{node}' is busy: block device is in use by block job: {job}");
+    Error::new(ErrorKind::Busy, "", None, what)
+}
+
 /// What one job works on.
 pub(super) struct Work {
     number: u64,
@@ -36,6 +45,16 @@ impl Graph {
         jobs.iter().find(|work| work.nodes.iter().any(|node| node == name)).map(|work| work.kind)
     }
 
+    /// Whether a commit has taken this node: it may be written to, or taken away, below whoever looks through it.
+    pub(super) fn is_committed(&self, name: &str) -> bool {
+        self.occupied(name) == Some(COMMIT)
+    }
+
+    /// Refuses a node that a job has taken.
+    pub(super) fn check_free(&self, name: &str) -> Result<()> {
+        self.occupied(name).map_or(Ok(()), |kind| Err(busy(name, kind)))
+    }
+
     /// Takes `nodes`, which lie below each other, for a job of this kind; `filter` is what errors call the place above them.
     ///
     /// # Errors
@@ -43,15 +62,10 @@ impl Graph {
     pub fn occupy(&self, kind: &'static str, filter: Option<String>, nodes: Vec<String>) -> Result<Busy> {
         let mut jobs = self.jobs.borrow_mut();
         for (depth, node) in nodes.iter().enumerate() {
-            if let Some(kind) = self.find(node).and_then(|node| node.busy.get()) {
-                let what = format!("Node '{node}' is busy: block device is in use by block job: {kind}");
-                return Err(Error::new(ErrorKind::Busy, "", None, what));
-            }
             let Some(work) = jobs.iter().find(|work| work.nodes.contains(node)) else { continue };
             // From above one would come through the filter first.
             let met = if depth > 0 && work.nodes.first() == Some(node) { &work.filter } else { node };
-            let what = format!("Node '{met}' is busy: block device is in use by block job: {}", work.kind);
-            return Err(Error::new(ErrorKind::Busy, "", None, what));
+            return Err(busy(met, work.kind));
         }
         let number = jobs.last().map_or(0, |work| work.number + 1);
         let filter = filter.unwrap_or_else(disk::chain::new_node_name);

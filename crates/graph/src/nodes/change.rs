@@ -71,12 +71,12 @@ impl Graph {
     /// Refuses to do something to a node that a job works on, or that lies below an image.
     fn check_may_be_overlaid(&self, node: &Rc<GraphNode>) -> Result<()> {
         let name = &node.name;
-        let busy = |what: String| Error::new(ErrorKind::Busy, "", None, what);
         if let Some((above, _)) = self.parents(node).into_iter().find(|(_, role)| *role == "backing") {
-            return Err(busy(format!("Node '{name}' is busy: node is used as backing hd of '{}'", above.name)));
+            let what = format!("Node '{name}' is busy: node is used as backing hd of '{}'", above.name);
+            return Err(Error::new(ErrorKind::Busy, "", None, what));
         }
         if let Some(job) = self.job_on(name) {
-            return Err(busy(format!("Node '{name}' is busy: block device is in use by block job: {job}")));
+            return Err(super::busy::busy(name, job));
         }
         if !matches!(node.meaning, Node::Format { .. }) {
             return Err(wrong(format!("Node '{name}' is not an image: an overlay goes on images only")));

@@ -7,8 +7,8 @@
 //!    anywhere, those who use it use the base;
 //! 4. the disk goes on over the shorter chain; what only a header named is closed.
 
-use super::disks::busy;
-use super::{Edge, FilterShown, Graph, GraphNode, NodeUse};
+use super::busy::COMMIT;
+use super::{Busy, Edge, FilterShown, Graph, GraphNode, NodeUse};
 use crate::node::Node;
 use crate::wrong;
 use disk::{Claim, Dirty, Disk, DiskOptions, Drained, StreamBase};
@@ -47,7 +47,8 @@ pub struct Committing {
     top: usize,
     hold: RefCell<Option<NodeUse>>,
     claim: RefCell<Option<Claim>>,
-    filter: RefCell<Option<FilterShown>>,
+    /// The node that stands for the job, and its hold on the line.
+    marks: RefCell<Option<(FilterShown, Busy)>>,
     disk: Rc<Disk>,
     source: Rc<Disk>,
     into: Rc<Disk>,
@@ -169,6 +170,8 @@ impl Graph {
         }
         let driver = if top == 0 { "mirror_top" } else { "commit_top" };
         let filter = self.show_filter(wish.filter.as_deref(), driver, &line[top].name, top == 0)?;
+        let names = line.iter().map(|node| node.name.clone()).collect();
+        let busy = self.occupy(COMMIT, Some(filter.name().to_owned()), names)?;
         let claim = disk.claim(&wish.job)?;
         let begun = self.open_base(&line, top, &disk).await;
         let (source, into, was_writable) = begun?;
@@ -176,15 +179,12 @@ impl Graph {
         if let Some(changed) = &changed {
             disk.watch(changed);
         }
-        for node in &line {
-            node.busy.set(Some("commit"));
-        }
         Ok(Rc::new(Committing {
             line,
             top,
             hold: RefCell::new(Some(hold)),
             claim: RefCell::new(Some(claim)),
-            filter: RefCell::new(Some(filter)),
+            marks: RefCell::new(Some((filter, busy))),
             disk,
             source,
             into,
@@ -199,9 +199,7 @@ impl Graph {
     /// Refuses where somebody else looks at the layers: he would not hear of what becomes of them.
     fn check_commit(&self, line: &[Rc<GraphNode>]) -> Result<()> {
         for (at, node) in line.iter().enumerate().skip(1) {
-            if let Some(job) = node.busy.get().or_else(|| self.occupied(&node.name)) {
-                return Err(busy(node, job));
-            }
+            self.check_free(&node.name)?;
             let others = self.parents(node).into_iter().map(|(parent, _)| parent);
             let mut others = others.filter(|parent| !Rc::ptr_eq(parent, &line[at - 1]));
             let other = others.find(|parent| parent.in_use() || parent.disk.borrow().is_some());
@@ -397,10 +395,7 @@ impl Graph {
                 tracing::warn!(node = commit.base().name, %error, "could not be opened again for reading");
             }
         }
-        for node in &commit.line {
-            node.busy.set(None);
-        }
-        drop(commit.filter.borrow_mut().take());
+        drop(commit.marks.borrow_mut().take());
         drop(commit.claim.borrow_mut().take());
         drop(commit.hold.borrow_mut().take());
         self.tidy().await;

@@ -105,7 +105,7 @@ impl Graph {
             }
         };
         let made = async {
-            if node.in_use() || node.busy.get().is_some() || !self.parents(&node).is_empty() {
+            if node.in_use() || self.is_committed(&node.name) || !self.parents(&node).is_empty() {
                 return Err(Error::new(ErrorKind::Busy, "", None, format!("Node {} is in use", node.name)));
             }
             self.make_writable(&node).await?;

@@ -4,7 +4,7 @@ use super::{Edge, Graph, GraphNode};
 use crate::node::{Node, no_node};
 use crate::wrong;
 use disk::{Disk, DiskOptions, Layer, Thresholds};
-use image::{Error, ErrorKind, Result};
+use image::Result;
 use std::cell::{Cell, RefCell};
 use std::rc::{Rc, Weak};
 
@@ -47,12 +47,6 @@ impl Drop for Hold {
     }
 }
 
-/// A job has the node.
-pub(super) fn busy(node: &GraphNode, job: &str) -> Error {
-    let what = format!("Node '{}' is busy: block device is in use by block job: {job}", node.name);
-    Error::new(ErrorKind::Busy, "", None, what)
-}
-
 impl Graph {
     /// Takes hold of the node `name`, to write to it or only to read.
     ///
@@ -63,8 +57,8 @@ impl Graph {
         self.tidy().await;
         let node = self.find(name).ok_or_else(|| no_node(name))?;
         // Who looks at a layer that is written to, or taken away, must know of it: only the disk on top does.
-        if let Some(job) = node.busy.get().filter(|_| node.disk.borrow().is_none()) {
-            return Err(busy(&node, job));
+        if node.disk.borrow().is_none() && self.is_committed(name) {
+            self.check_free(name)?;
         }
         if writable {
             self.make_writable(&node).await?;
@@ -117,7 +111,7 @@ impl Graph {
         let node = self.find(name)?;
         let disk = node.disk.borrow().clone();
         let claimed = || disk.filter(|disk| disk.claimed()).map(|_| "stream");
-        node.busy.get().or_else(|| self.occupied(name)).or_else(claimed)
+        self.occupied(name).or_else(claimed)
     }
 
     /// What `node` shows, made when it is first asked for.

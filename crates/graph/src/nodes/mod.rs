@@ -99,8 +99,6 @@ pub(crate) struct GraphNode {
     frozen: Cell<bool>,
     /// A job writes to it, whatever else is said of it.
     lifted: Cell<bool>,
-    /// The kind of job that has it.
-    busy: Cell<Option<&'static str>>,
     threshold: Rc<Threshold>,
     edges: RefCell<Vec<Edge>>,
     store: RefCell<Option<Rc<dyn Store>>>,
@@ -286,7 +284,6 @@ impl Graph {
             fleeting: Cell::new(false),
             frozen: Cell::new(false),
             lifted: Cell::new(false),
-            busy: Cell::new(None),
             threshold: Rc::default(),
             edges: RefCell::default(),
             store: RefCell::default(),
@@ -382,7 +379,7 @@ impl Graph {
             return Err(Error::new(ErrorKind::Busy, "", None, format!("Node {name} is in use")));
         }
         let node = self.find(name).ok_or_else(|| wrong(format!("Failed to find node with node-name='{name}'")))?;
-        if node.in_use() || node.busy.get().is_some() {
+        if node.in_use() || self.is_committed(&node.name) {
             return Err(Error::new(ErrorKind::Busy, "", None, format!("Node {name} is in use")));
         }
         if let Some((parent, role)) = self.parents(&node).into_iter().next() {

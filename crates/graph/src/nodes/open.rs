@@ -294,7 +294,6 @@ fn implicit_image(layer: Layer) -> (Rc<GraphNode>, Rc<GraphNode>) {
             fleeting: Cell::new(false),
             frozen: Cell::new(false),
             lifted: Cell::new(false),
-            busy: Cell::new(None),
             threshold: Rc::default(),
             edges: RefCell::new(edges),
             store: RefCell::default(),

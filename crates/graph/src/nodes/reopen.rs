@@ -7,7 +7,7 @@
 //!   below). Then they go on over the chain as it is.
 //! * What cannot be changed is refused by its name, never passed over.
 
-use super::disks::busy;
+use super::busy::busy;
 use super::{Edge, Graph, GraphNode};
 use crate::node::{Backing, Child, How, Node, understand};
 use crate::options::nest;
@@ -185,7 +185,7 @@ impl Graph {
         // A job knows the chain as it was.
         for above in self.ancestors(&node).iter().chain([&node]) {
             if let Some(job) = self.job_on(&above.name) {
-                return Err(busy(above, job));
+                return Err(busy(&above.name, job));
             }
         }
         Ok(Wanted { how, group: meaning.group(), discard, below, node })
@@ -224,7 +224,7 @@ impl Graph {
                 return Err(wrong(what));
             }
             if let Some(job) = self.job_on(&new.name) {
-                return Err(busy(new, job));
+                return Err(busy(&new.name, job));
             }
             if new.writable.get() && (new.in_use() || !self.users_above(new).is_empty()) {
                 let what = format!("Conflicts with use: '{}' is being written to", new.name);
@@ -232,7 +232,7 @@ impl Graph {
             }
         }
         if let Some(job) = now.as_ref().and_then(|now| self.job_on(&now.name)) {
-            return Err(busy(node, job));
+            return Err(busy(&node.name, job));
         }
         Ok(Below::Change(new))
     }
