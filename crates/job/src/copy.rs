@@ -6,6 +6,7 @@
 //! * A chunk that failed is tried again (stopped), or remembered as an error that the job ends with (ignored, reported). So
 //!   [`Copying::run`] says "done" only when nothing was left out.
 
+use crate::ahead::Ahead;
 use crate::flight::{Chunk, Flight, Landed};
 use crate::life::Life;
 use crate::stream::{OnError, Target};
@@ -13,7 +14,7 @@ use crate::window::{CHUNK, Window};
 use crate::{ErrorAction, IoStatus};
 use disk::{Error, ErrorKind, Missing};
 use futures_util::future::select;
-use layout::{GuestOffset, GuestRange};
+use layout::GuestOffset;
 use ring::Instant;
 use std::collections::VecDeque;
 use std::pin::pin;
@@ -65,7 +66,7 @@ pub(crate) struct Copying {
     failed_at: Option<GuestOffset>,
     ignored: Option<Error>,
     /// What is done, and not told yet because something in front of it is not.
-    done: Vec<GuestRange>,
+    done: Ahead,
     /// Somebody waits for the end: it goes as fast as it can.
     in_haste: bool,
 }
@@ -87,7 +88,7 @@ impl Copying {
             failed: None,
             failed_at: None,
             ignored: None,
-            done: Vec::new(),
+            done: Ahead::default(),
             in_haste: false,
         }
     }
@@ -148,13 +149,9 @@ impl Copying {
         let again = self.again.iter().map(|chunk| chunk.range.start()).min();
         let front = [Some(self.cursor), run, again, self.flight.first(), self.failed_at].into_iter().flatten().min();
         let front = front.unwrap_or(self.cursor);
-        self.done.retain(|range| {
-            let passed = range.start() < front;
-            if passed {
-                self.life.progress.copied(*range);
-            }
-            !passed
-        });
+        while let Some(range) = self.done.passed(front) {
+            self.life.progress.copied(range);
+        }
         self.life.progress.passed(front);
     }
 
@@ -238,7 +235,7 @@ impl Copying {
                 self.another_pass |= copied.skipped > 0;
                 if !chunk.zero {
                     self.life.pace.refund(copied.skipped);
-                    self.done.push(chunk.range);
+                    self.done.add(chunk.range);
                     if chunk.range.len() == CHUNK && copied.skipped == 0 {
                         self.window.measured(took);
                     }
@@ -246,7 +243,7 @@ impl Copying {
             }
             Some((Err(error), _)) => {
                 if self.meet(error) {
-                    self.done.push(chunk.range);
+                    self.done.add(chunk.range);
                 } else {
                     if self.failed.is_some() {
                         self.failed_at.get_or_insert(chunk.range.start());

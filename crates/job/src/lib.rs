@@ -15,7 +15,8 @@
 //! its loop) and looks at what was asked for whenever it wakes. Nothing but that task moves a job to its end.
 #![forbid(unsafe_code)]
 
-pub mod commit;
+pub mod ahead;
+mod commit;
 pub mod event;
 pub mod registry;
 pub mod state;
