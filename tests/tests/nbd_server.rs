@@ -70,12 +70,36 @@ fn a_descriptor_that_is_no_such_socket_is_refused() -> Result {
         ("addr.type=fd,addr.str=1", "descriptor"),
         ("addr.type=fd,addr.str=977", "descriptor"),
         ("addr.type=fd,addr.str=name", "descriptor"),
-        ("addr.type=fd", "descriptor"),
+        ("addr.type=fd", "Parameter 'addr.str' is missing"),
         ("addr.type=vsock,addr.cid=1,addr.port=2", "vsock"),
     ] {
         let output = Command::new(&sides.tool).args(["--nbd-server", address]).output()?;
         let said = String::from_utf8_lossy(&output.stderr).into_owned();
         assert!(output.status.code() == Some(1) && said.contains(text), "{address}: {output:?}");
+    }
+    Ok(())
+}
+
+/// What the daemon has opened itself is nobody's to name: its number is not taken for a descriptor that was handed down.
+#[test]
+fn descriptors_of_the_daemons_own_are_not_taken() -> Result {
+    peer!("headwater");
+    let sides = Sides::new("qemu-storage-daemon")?;
+    std::fs::File::create(sides.ours.join("a.raw"))?.set_len(1 << 20)?;
+    for number in 3..20 {
+        for (option, value) in [
+            ("--chardev", format!("socket,id=m,fd={number},server=on,wait=off")),
+            ("--nbd-server", format!("addr.type=fd,addr.str={number}")),
+        ] {
+            let mut command = Command::new(&sides.tool);
+            command.current_dir(&sides.ours).args(["--blockdev", "file,node-name=a,filename=a.raw", option, &value]);
+            let output = command.output()?;
+            let said = String::from_utf8_lossy(&output.stderr).into_owned();
+            assert!(
+                output.status.code() == Some(1) && said.to_lowercase().contains("descriptor"),
+                "{value}: {output:?}"
+            );
+        }
     }
     Ok(())
 }

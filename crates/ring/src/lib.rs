@@ -35,7 +35,7 @@ mod time;
 pub use executor::{Backend, Config, JoinHandle, Ring, spawn, unblock, yield_now};
 pub use file::{AllocateMode, Events, File};
 pub use inbox::{Closed, Handle, Reply};
-pub use inherit::inherited;
+pub use inherit::{hand_over, inherited};
 pub use iov::Iov;
 pub use lookout::{Lookout, look_out};
 pub use runtime::is_running;

@@ -8,15 +8,13 @@ use crate::ExportError;
 use ring::File;
 use rustix::io::Errno;
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, sockopt};
-use std::collections::BTreeMap;
 use std::fs;
 use std::io;
 use std::net::{TcpListener, ToSocketAddrs};
-use std::os::fd::{AsRawFd, OwnedFd, RawFd};
+use std::os::fd::{OwnedFd, RawFd};
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
-use std::sync::{Mutex, PoisonError};
 
 /// A socket that listens.
 pub(super) struct Listener {
@@ -73,18 +71,8 @@ pub(super) async fn listen(address: Address) -> Result<Listener, ExportError> {
 
 type Bound = (OwnedFd, Address, Option<SocketFile>);
 
-/// Sockets that whoever started the program has left open, and that nobody has listened on yet.
-static HANDED: Mutex<BTreeMap<RawFd, OwnedFd>> = Mutex::new(BTreeMap::new());
-
-/// Hands over a socket that listens already, for [`Address::Inherited`] with its number. One server listens on it, once.
-pub fn hand_over(socket: OwnedFd) {
-    HANDED.lock().unwrap_or_else(PoisonError::into_inner).insert(socket.as_raw_fd(), socket);
-}
-
 fn take(number: RawFd) -> io::Result<Bound> {
-    let handed = HANDED.lock().unwrap_or_else(PoisonError::into_inner).remove(&number);
-    let fd =
-        handed.ok_or_else(|| io::Error::new(io::ErrorKind::NotFound, "no such socket was handed over at the start"))?;
+    let fd = ring::inherited(number)?;
     if !sockopt::socket_acceptconn(&fd)? {
         return Err(io::Error::new(io::ErrorKind::InvalidInput, "it is no socket that listens"));
     }

@@ -11,7 +11,6 @@ mod listen;
 mod outbox;
 mod server;
 
-pub use listen::hand_over;
 pub use server::NbdServer;
 
 use disk::Disk;
@@ -26,7 +25,7 @@ pub enum Address {
     Unix(PathBuf),
     /// Host and port.
     Tcp(String, u16),
-    /// A socket that listens already, which was handed over under this number ([`hand_over`]).
+    /// A socket that listens already, which was handed over under this number ([`ring::hand_over`]).
     Inherited(RawFd),
 }
 

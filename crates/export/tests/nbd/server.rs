@@ -345,18 +345,18 @@ fn a_socket_that_was_handed_over_is_listened_on_once() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("handed.sock");
         let handed = std::os::unix::net::UnixListener::bind(&path).unwrap();
-        let number = std::os::fd::AsRawFd::as_raw_fd(&handed);
+        let number = std::os::fd::IntoRawFd::into_raw_fd(handed);
         let exports = || vec![export("disk", &fixture.disk, false)];
         assert!(NbdServer::start(Address::Inherited(number), exports()).await.is_err(), "nobody handed it over");
-        headwater_export::nbd::hand_over(handed.into());
+        ring::hand_over(number).unwrap();
         let server = NbdServer::start(Address::Inherited(number), exports()).await.unwrap();
         let client = Client::new(&Address::Unix(path), Style::Structured).await;
         client.leave().await;
         assert!(NbdServer::start(Address::Inherited(number), exports()).await.is_err(), "it is in use");
         server.stop().await;
         let (one, _other) = std::os::unix::net::UnixStream::pair().unwrap();
-        let number = std::os::fd::AsRawFd::as_raw_fd(&one);
-        headwater_export::nbd::hand_over(one.into());
+        let number = std::os::fd::IntoRawFd::into_raw_fd(one);
+        ring::hand_over(number).unwrap();
         assert!(NbdServer::start(Address::Inherited(number), exports()).await.is_err(), "it does not listen");
     });
 }

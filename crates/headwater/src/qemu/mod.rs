@@ -49,6 +49,7 @@ pub(crate) fn run(words: Vec<OsString>) -> Outcome {
         // What is no point of ours is QEMU's, which says so if it is not.
         let _ = control::trace::from_option(option);
     }
+    plan.hand_over();
     let overlays = start::overlays(&plan)?;
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
     let runtime = runtime.map_err(|error| format!("could not set up the control thread: {error}"))?;

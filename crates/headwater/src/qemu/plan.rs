@@ -3,7 +3,7 @@
 
 use super::drives::{Drive, Fate, Places};
 use super::line::Line;
-use super::monitors::{Monitor, Monitors};
+use super::monitors::{Monitor, Monitors, Seat};
 use super::nodes::{Nodes, tree};
 use serde_json::{Map, Value};
 use std::ffi::OsString;
@@ -39,6 +39,16 @@ pub(super) struct Plan {
 }
 
 impl Plan {
+    /// Takes the descriptors of its monitors, before anything of ours could be open under their numbers. What cannot be taken is told
+    /// when it is used.
+    pub(super) fn hand_over(&self) {
+        for monitor in &self.monitors {
+            if let Seat::Inherited(number, _) = monitor.seat {
+                let _ = ring::hand_over(number);
+            }
+        }
+    }
+
     /// Reads the line, for an emulator of this name.
     pub(super) fn of(line: &Line, emulator: &Path) -> Self {
         let name = emulator.file_name().and_then(|name| name.to_str()).unwrap_or_default();

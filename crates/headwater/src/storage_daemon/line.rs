@@ -72,20 +72,26 @@ fn typed(tree: &mut Map<String, Value>, flags: &[&str], numbers: &[&str]) {
     }
 }
 
-/// A socket that was left open for the server is taken now, before anything else could be open under its number.
-fn handed(server: &Map<String, Value>) -> Result<(), String> {
-    let text = |key: &str| server.get("addr").and_then(|addr| addr.get(key)).and_then(Value::as_str);
-    if text("type") != Some("fd") {
-        return Ok(());
-    }
-    let number = text("str").unwrap_or_default();
-    let failed = |why: &dyn std::fmt::Display| format!("File descriptor '{number}' cannot be used: {why}");
-    let fd = number.parse().map_err(|_| failed(&"it is no number"))?;
-    export::nbd::hand_over(ring::inherited(fd).map_err(|why| failed(&why))?);
-    Ok(())
-}
-
 impl Line {
+    /// Takes the descriptors that it names, before anything could be open under their numbers. What cannot be taken is told when it is
+    /// used.
+    pub(super) fn hand_over(&self) {
+        for (_, action) in &self.actions {
+            let number = match action {
+                Action::Chardev(tree) => tree.get("fd"),
+                Action::NbdServer(tree) => {
+                    tree.get("addr").filter(|addr| addr["type"] == "fd").and_then(|addr| addr.get("str"))
+                }
+                _ => None,
+            };
+            // Trees that are JSON may have it as a number.
+            let text = number.map(|number| number.as_str().map_or_else(|| number.to_string(), str::to_owned));
+            if let Some(number) = text.and_then(|text| text.parse().ok()) {
+                let _ = ring::hand_over(number);
+            }
+        }
+    }
+
     /// Reads it. Of several mistakes the first counts.
     pub(super) fn read(words: &[String]) -> Result<Self, String> {
         let mut line = Self::default();
@@ -129,7 +135,6 @@ impl Line {
             "--nbd-server" => {
                 let mut tree = tree(value, implied)?;
                 typed(&mut tree, &[], &["max-connections"]);
-                handed(&tree)?;
                 Action::NbdServer(tree)
             }
             "--export" => {

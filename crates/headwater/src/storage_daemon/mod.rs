@@ -59,6 +59,9 @@ pub(crate) fn run(words: &[String]) -> Outcome {
         println!("qemu-storage-daemon version 10.0.2 (Headwater {})", env!("CARGO_PKG_VERSION"));
         return Ok(Exit::Ok);
     }
+    if !line.daemonize {
+        line.hand_over();
+    }
     if trace::options(&line.traces)? {
         return Ok(Exit::Ok);
     }
